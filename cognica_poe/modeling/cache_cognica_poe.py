@@ -1,0 +1,129 @@
+"""Key/value cache, allocated once for the whole context (model card, "KV cache").
+
+::
+
+    position        0     1     2   ...  length-1 | length ...        max_position_embeddings
+    layer 0..L-1   [ keys and values, [B, G, S, h] | free                                    ]
+    ids, real      [ token ids [B, S], padding?    | free                                    ]
+
+The token ids are kept beside the keys because smear needs the embedding of the token before a block and the value
+embeddings are looked up by id; rolling back is then a matter of lengths alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+class CognicaCacheLayer(CacheLayerMixin):
+    """Keys and values of one layer, ``[B, G, max_length, h]`` in the dtype of the first states written."""
+
+    is_compileable = False
+    is_croppable = True
+    is_sliding = False
+
+    def __init__(self, max_length: int):
+        super().__init__()
+        self.max_length = max_length
+        self.length = 0
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        batch, heads, _, head_dim = key_states.shape
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys = key_states.new_zeros(batch, heads, self.max_length, head_dim)
+        self.values = value_states.new_zeros(batch, heads, self.max_length, head_dim)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append ``[B, G, T, h]`` states and return views of everything so far, ``[B, G, length, h]``."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        end = self.length + key_states.shape[-2]
+        if end > self.max_length:
+            raise ValueError(f"the context is full: {end} tokens do not fit a cache of {self.max_length}")
+        self.keys[:, :, self.length : end] = key_states
+        self.values[:, :, self.length : end] = value_states
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return self.max_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last ``-tokens_to_remove`` tokens."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes minus the number of tokens to forget, not {tokens_to_remove}")
+        self.length = max(0, self.length + tokens_to_remove)
+
+    def reset(self) -> None:
+        self.length = 0
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.is_initialized:
+            self.keys = self.keys.repeat_interleave(repeats, dim=0)
+            self.values = self.values.repeat_interleave(repeats, dim=0)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        if self.is_initialized:
+            self.keys, self.values = self.keys[indices], self.values[indices]
+
+
+class CognicaKVCache(Cache):
+    """Cache of all layers of one batch. ``generate()`` keeps it from step to step.
+
+    Args:
+        config: model configuration; one layer per ``num_hidden_layers``.
+        max_length: tokens to make room for; ``config.max_position_embeddings`` when omitted.
+    """
+
+    def __init__(self, config, max_length: int | None = None):
+        self.max_length = max_length or config.max_position_embeddings
+        super().__init__(layers=[CognicaCacheLayer(self.max_length) for _ in range(config.num_hidden_layers)])
+        self.ids: torch.Tensor | None = None
+        self.real: torch.Tensor | None = None
+
+    def record(self, ids: torch.Tensor, real: torch.Tensor | None) -> None:
+        """Remember the ids ``[B, T]`` of the block about to run, and which of them are real (``None``: all)."""
+        start, end = self.get_seq_length(), self.get_seq_length() + ids.shape[1]
+        if end > self.max_length:
+            raise ValueError(f"the context is full: {end} tokens do not fit a cache of {self.max_length}")
+        if self.ids is None:
+            self.ids = ids.new_zeros(ids.shape[0], self.max_length)
+            self.real = torch.zeros_like(self.ids, dtype=torch.bool)
+        self.ids[:, start:end] = ids
+        self.real[:, start:end] = True if real is None else real
+
+    def previous(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Id and realness, each ``[B, 1]``, of the token before the next block; None at the start of the text."""
+        length = self.get_seq_length()
+        if length == 0:
+            return None
+        return self.ids[:, length - 1 : length], self.real[:, length - 1 : length]
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._select(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        if self.ids is not None:
+            self.ids = self.ids.repeat_interleave(repeats, dim=0)
+            self.real = self.real.repeat_interleave(repeats, dim=0)
+
+    def _select(self, indices: torch.Tensor) -> None:
+        if self.ids is not None:
+            indices = indices.to(self.ids.device)
+            self.ids, self.real = self.ids[indices], self.real[indices]

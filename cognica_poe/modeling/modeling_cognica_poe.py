@@ -1,0 +1,288 @@
+"""Product-of-Experts causal language model: nanochat's GPT cut into stages with one prediction head each.
+
+Shapes: ``B`` batch, ``T`` time, ``D`` width, ``V`` vocab, ``K`` stages, ``N`` query heads, ``G`` key/value heads,
+``h`` head dim. The file knows nothing of training loops or parallelism; trainers drive ``embed``, ``run_layers`` and
+``head_weight``, users call ``forward``, ``forward_stage``, ``forward_aggregated`` and the generation methods.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .blocks_cognica_poe import MLP, Attention, Block, Rotary, rmsnorm, rotary_tables
+from .cache_cognica_poe import CognicaKVCache
+from .configuration_cognica_poe import CognicaPoEConfig
+from .decoding_cognica_poe import PoEDecodingMixin
+from .sampling_cognica_poe import combine
+
+
+class CognicaPoEPreTrainedModel(PreTrainedModel):
+    """Initialisation and capabilities shared with transformers."""
+
+    config_class = CognicaPoEConfig
+    base_model_prefix = ""
+    _no_split_modules = ("Block",)
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """nanochat's initialisation: every parameter set explicitly, smear and backout included."""
+        bound = math.sqrt(3.0 / self.config.hidden_size)
+        if isinstance(module, Attention):
+            for matrix in (module.c_q, module.c_k, module.c_v):
+                init.uniform_(matrix.weight, -bound, bound)
+            init.zeros_(module.c_proj.weight)
+            if hasattr(module, "ve_gate"):
+                init.uniform_(module.ve_gate.weight, 0.0, 0.02)
+        elif isinstance(module, MLP):
+            init.uniform_(module.c_fc.weight, -0.4 * bound, 0.4 * bound)
+            init.zeros_(module.c_proj.weight)
+        elif isinstance(module, CognicaPoEForCausalLM):
+            self._init_embeddings(module, bound)
+
+    def _init_embeddings(self, model: CognicaPoEForCausalLM, bound: float) -> None:
+        config = self.config
+        init.normal_(model.transformer.wte.weight, mean=0.0, std=0.8)
+        init.normal_(model.lm_head.weight, mean=0.0, std=0.001)
+        for head in model.lm_head_stages:
+            init.zeros_(head.weight)
+        for table in model.value_embeds.values():
+            init.uniform_(table.weight, -bound, bound)
+        for parameter, (first, last) in (
+            (model.resid_lambdas, config.resid_lambda_init),
+            (model.x0_lambdas, config.x0_lambda_init),
+        ):
+            init.copy_(parameter, torch.linspace(first, last, config.num_hidden_layers))
+        init.uniform_(model.smear_gate.weight, 0.0, 0.02)
+        init.zeros_(model.smear_lambda)
+        init.constant_(model.backout_lambda, 0.2)
+
+
+class CognicaPoEForCausalLM(CognicaPoEPreTrainedModel, PoEDecodingMixin, GenerationMixin):
+    """The model with its K heads. ``generate()`` samples the pool; the other modes are in ``PoEDecodingMixin``."""
+
+    def __init__(self, config: CognicaPoEConfig):
+        super().__init__(config)
+        width, vocab, layers = config.hidden_size, config.vocab_size, config.num_hidden_layers
+        kv_width = config.num_key_value_heads * config.head_dim
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(vocab, width),
+                "h": nn.ModuleList([Block(config, i) for i in range(layers)]),
+            }
+        )
+        self.value_embeds = nn.ModuleDict(
+            {str(i): nn.Embedding(vocab, kv_width) for i in range(layers) if config.has_value_embedding(i)}
+        )
+        self.lm_head = nn.Linear(width, vocab, bias=False)
+        stages = config.num_stages if config.per_stage_head else 0
+        self.lm_head_stages = nn.ModuleList([nn.Linear(width, vocab, bias=False) for _ in range(stages)])
+        self.resid_lambdas = nn.Parameter(torch.empty(layers))
+        self.x0_lambdas = nn.Parameter(torch.empty(layers))
+        self.smear_gate = nn.Linear(config.smear_channels, 1, bias=False)
+        self.smear_lambda = nn.Parameter(torch.empty(1))
+        self.backout_lambda = nn.Parameter(torch.empty(1))
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.transformer.wte
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.transformer.wte = value
+
+    # ---- parts of a forward pass ----------------------------------------------------------------------------------
+
+    def embed(self, ids: torch.Tensor, real: torch.Tensor | None = None, previous=None) -> torch.Tensor:
+        """Normed and smeared token embeddings ``x0`` ``[B, T, D]``.
+
+        Args:
+            ids: token ids ``[B, T]``.
+            real: bool ``[B, T]``, False at padding, which is nobody's predecessor; None when all are real.
+            previous: id and realness ``[B, 1]`` of the token before the block; None at the start of the text.
+        """
+        eps = self.config.rms_norm_eps
+        x = rmsnorm(self.transformer.wte(ids), eps)
+        before = torch.zeros_like(x[:, :1])
+        if previous is not None:
+            before = rmsnorm(self.transformer.wte(previous[0]), eps) * previous[1].unsqueeze(-1).to(x.dtype)
+        earlier = x[:, :-1] if real is None else x[:, :-1] * real[:, :-1].unsqueeze(-1).to(x.dtype)
+        gate = self.smear_lambda * torch.sigmoid(self.smear_gate(x[..., : self.config.smear_channels]))
+        return x + gate * torch.cat((before, earlier), dim=1)
+
+    def rotary(self, positions: torch.Tensor) -> Rotary:
+        """Rotary tables of integer positions ``[B, T]`` in the dtype of the weights."""
+        return rotary_tables(positions, self.config.head_dim, self.config.rope_theta, self.lm_head.weight.dtype)
+
+    def masks(self, x: torch.Tensor, attention_mask=None, cache: CognicaKVCache | None = None) -> dict:
+        """Attention mask per layer type in the form that the chosen attention implementation wants."""
+        inputs = {"inputs_embeds": x, "attention_mask": attention_mask, "past_key_values": cache}
+        masks = {"full_attention": create_causal_mask(self.config, **inputs)}
+        if "sliding_attention" in self.config.layer_types:
+            masks["sliding_attention"] = create_sliding_window_causal_mask(self.config, **inputs)
+        return masks
+
+    def run_layers(
+        self, layers: Iterable[int], x, x0, ids, rotary: Rotary, masks: dict, cache: CognicaKVCache | None = None
+    ) -> torch.Tensor:
+        """Run the residual stream ``x`` ``[B, T, D]`` through the given layers; ``x0`` is the embedding stream."""
+        for i in layers:
+            table = self.value_embeds[str(i)] if self.config.has_value_embedding(i) else None
+            x = self.transformer.h[i](
+                x,
+                x0,
+                self.resid_lambdas[i],
+                self.x0_lambdas[i],
+                rotary,
+                masks[self.config.layer_types[i]],
+                table(ids) if table is not None else None,
+                cache,
+            )
+        return x
+
+    def head_weight(self, stage: int) -> torch.Tensor:
+        """Folded head ``lm_head + lm_head_stages[stage]``, ``[V, D]``: one product instead of two."""
+        weight = self.lm_head.weight
+        return weight + self.lm_head_stages[stage].weight if self.config.per_stage_head else weight
+
+    def softcap(self, z: torch.Tensor) -> torch.Tensor:
+        """``15 * tanh(z / 15)`` in fp32 (fp64 stays)."""
+        cap = self.config.logit_softcap
+        return cap * torch.tanh((z if z.dtype == torch.float64 else z.float()) / cap)
+
+    def stage_head(self, x: torch.Tensor, stage: int) -> torch.Tensor:
+        """Capped logits ``[..., V]`` of one stage from its boundary state ``x`` ``[..., D]``: sum first, then cap."""
+        n = rmsnorm(x, self.config.rms_norm_eps)
+        z = self.lm_head(n)
+        return self.softcap(z + self.lm_head_stages[stage](n) if self.config.per_stage_head else z)
+
+    def plain_head(self, x: torch.Tensor, middle: torch.Tensor) -> torch.Tensor:
+        """Capped logits of the plain path: last layer minus the backout of layer L//2, shared head only."""
+        x = x - self.backout_lambda * middle
+        return self.softcap(self.lm_head(rmsnorm(x, self.config.rms_norm_eps)))
+
+    # ---- whole passes ---------------------------------------------------------------------------------------------
+
+    def boundary_states(
+        self, ids: torch.Tensor, attention_mask=None, position_ids=None, cache=None, max_stages: int | None = None
+    ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        """Residual stream after each of the first ``max_stages`` stages, and after layer L//2 (if reached)."""
+        config = self.config
+        past = cache.get_seq_length() if cache is not None else 0
+        self.check_ids(ids, past)
+        T = ids.shape[1]
+        padding = attention_mask is not None and attention_mask.ndim == 2
+        real = attention_mask[:, -T:].bool() if padding else None
+        if position_ids is None:
+            position_ids = torch.arange(past, past + T, device=ids.device)[None]
+        x0 = x = self.embed(ids, real, cache.previous() if cache is not None else None)
+        masks, rotary = self.masks(x, attention_mask, cache), self.rotary(position_ids)
+        if cache is not None:
+            cache.record(ids, real)
+        states, middle = [], None
+        for stage in range(max_stages or config.num_stages):
+            layers = config.stage_layers(stage)
+            half = config.num_hidden_layers // 2 + 1  # the middle is the state after layer L//2
+            if layers.start < half <= layers.stop:
+                x = middle = self.run_layers(range(layers.start, half), x, x0, ids, rotary, masks, cache)
+                layers = range(half, layers.stop)
+            x = self.run_layers(layers, x, x0, ids, rotary, masks, cache)
+            states.append(x)
+        return states, middle
+
+    def check_ids(self, ids: torch.Tensor, past: int = 0) -> None:
+        """Raise ValueError for ids outside the vocabulary or a text longer than the context."""
+        limit = self.config.max_position_embeddings
+        if past + ids.shape[1] > limit:
+            raise ValueError(f"{past + ids.shape[1]} tokens are longer than the context of {limit}; shorten the prompt")
+        if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
+            low, high = int(ids.min()), int(ids.max())
+            if low < 0 or high >= self.config.vocab_size:
+                bad = low if low < 0 else high
+                raise ValueError(f"token id {bad} is outside the vocabulary of {self.config.vocab_size} ids")
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: CognicaKVCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Logits ``[B, T, V]`` fp32: the pool's log-probabilities, or the plain path's when ``poe_mode`` is none.
+
+        Raises:
+            ValueError: ids outside the vocabulary, a text longer than the context, or embeddings instead of ids
+                (value embeddings are looked up by id).
+        """
+        if input_ids is None:
+            raise ValueError("this model needs input_ids: its value embeddings are looked up by token id")
+        if past_key_values is not None and not isinstance(past_key_values, CognicaKVCache):
+            raise ValueError(f"past_key_values is a {type(past_key_values).__name__}; pass a CognicaKVCache")
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if use_cache and past_key_values is None and not self.training:
+            past_key_values = CognicaKVCache(self.config)
+        states, middle = self.boundary_states(input_ids, attention_mask, position_ids, past_key_values)
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        if self.config.poe_mode == "none":
+            logits = self.plain_head(states[-1][:, keep], middle[:, keep])
+        else:
+            heads = [self.stage_head(x[:, keep], k) for k, x in enumerate(states)]
+            logits = combine(heads, self.config.poe_alpha)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+
+    def all_logits(self, ids: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+        """Capped fp32 logits ``[B, T, V]`` of every stage and of the plain path, from one pass over the trunk."""
+        states, middle = self.boundary_states(ids)
+        return tuple(self.stage_head(x, k) for k, x in enumerate(states)), self.plain_head(states[-1], middle)
+
+    def forward_stage(self, ids: torch.Tensor, stage: int) -> torch.Tensor:
+        """Capped fp32 logits ``[B, T, V]`` of one stage's own head; layers above the stage are not run."""
+        self.check_stage(stage)
+        return self.stage_head(self.boundary_states(ids, max_stages=stage + 1)[0][stage], stage)
+
+    def forward_aggregated(self, ids: torch.Tensor, max_stages: int | None = None) -> torch.Tensor:
+        """Log-probabilities ``[B, T, V]`` fp32 of the pool of the first ``max_stages`` stages."""
+        max_stages = self.config.num_stages if max_stages is None else max_stages
+        self.check_stage(max_stages - 1, "max_stages", max_stages)
+        states, _ = self.boundary_states(ids, max_stages=max_stages)
+        return combine([self.stage_head(x, k) for k, x in enumerate(states)], self.config.poe_alpha)
+
+    def check_stage(self, stage: int, name: str = "stage", value: int | None = None) -> None:
+        """Raise ValueError unless ``stage`` is one of the K stages."""
+        if not 0 <= stage < self.config.num_stages:
+            value = stage if value is None else value
+            raise ValueError(f"{name} {value} does not exist: the model has {self.config.num_stages} stages")
+
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args
+    ):
+        # generate() would make a DynamicCache, which knows neither ids nor padding.
+        if max_cache_length > self.config.max_position_embeddings:
+            raise ValueError(
+                f"prompt and new tokens make {max_cache_length + 1} tokens, more than the context of "
+                f"{self.config.max_position_embeddings}; shorten the prompt or lower max_new_tokens"
+            )
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = CognicaKVCache(self.config)
+
+
+CognicaPoEConfig.register_for_auto_class()
+CognicaPoEForCausalLM.register_for_auto_class("AutoModelForCausalLM")
