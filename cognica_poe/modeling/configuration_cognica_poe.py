@@ -72,7 +72,7 @@ class CognicaPoEConfig(PreTrainedConfig):
         _check(hidden_act == "relu_squared", f"hidden_act {hidden_act!r} is not supported; use relu_squared")
         _check(
             hidden_size >= max(ve_gate_channels, smear_channels),
-            f"hidden_size {hidden_size} is below the channels that the gates read ({ve_gate_channels}, {smear_channels})",
+            f"hidden_size {hidden_size} is below the gate channels ({ve_gate_channels}, {smear_channels})",
         )
         _check(
             poe_head_count in (None, len(stages)),
