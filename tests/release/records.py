@@ -1,0 +1,76 @@
+"""Analysis records in the JSON layout of a run, made by formula: no model needed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+STAGES = 4
+HOSTILE = "a | b `code` <script>alert(1)</script> [x](http://evil) \u202eabc\x1b[31m\n# heading\n---\n" + "long " * 200
+
+
+def make_record(step: int, *, name: str = "tiny-poe", path: str = "pool", stages: int = STAGES) -> dict[str, Any]:
+    """A record whose figures fall with ``step`` as those of a real run do."""
+    full = 4.2 / (1 + step / 60) ** 0.35
+    stage = [full * (1.006 - 0.002 * k) for k in range(stages)]
+    exits = [0.0, *[0.1] * (stages - 2), 0.0]
+    exits[0] = min(0.7, step / 800)
+    exits[-1] = 1 - sum(exits)
+    return {
+        "schema_version": 1,
+        "step": step,
+        "tokens_seen": step * 16384,
+        "model": {
+            "name": name,
+            "parameters": 4_123_456,
+            "poe_mode": "flat" if path == "pool" else "none",
+            "stage_layers": [2] * stages,
+            "weights_sha256": f"{step:064x}",
+        },
+        "path": path,
+        "bpb": {
+            "full": full,
+            "stage": stage,
+            "prefix": [*[(stage[k] + full) / 2 for k in range(stages - 1)], full],
+            "plain": full * 1.02,
+            "mean_stage": sum(stage) / stages,
+        },
+        "accuracy": {"full": 0.5 - full / 10, "stage": [0.49 - full / 10] * stages, "plain": 0.45 - full / 10},
+        "crossover_gap": {"value": full - stage[-1], "low": full - stage[-1] - 0.002, "high": full - stage[-1] + 0.002},
+        "intervals": {
+            "full": [full - 0.02, full + 0.02],
+            "stage": [[value - 0.02, value + 0.02] for value in stage],
+            "plain": [full * 1.02 - 0.02, full * 1.02 + 0.02],
+        },
+        "wand_bounds": [3.2 + step / 1000, 1.5, 1.1][: stages - 1],
+        "wand": {"safety": 1.0, "positions": 4096, "exit_fraction": exits, "agreement": 0.9987},
+        "speculative": {
+            "acceptance": 0.8,
+            "proposed": 400,
+            "accepted": 320,
+            "rounds": 100,
+            "draft_stage": 0,
+            "draft_length": 4,
+            "prompts": 7,
+        },
+        "baseline": {"xz_bpb": 2.4, "xz_primed_bpb": 1.9},
+        "validation": {"documents": 210, "bytes": 1_000_000, "tokens": 250_000, "sha256": "ab" * 32, "window": 512},
+        "probes": [
+            {"prompt": "The capital of France is", "continuation": HOSTILE, "expected": "Paris", "correct": False},
+            {"prompt": "The opposite of hot is", "continuation": " cold.", "expected": "cold", "correct": True},
+        ],
+        "delta": {"previous_step": step - 100, "full": -0.1, "low": -0.2, "high": -0.05, "signal": True}
+        if step
+        else None,
+        "seconds": 12.5,
+        "versions": {"torch": "2.13.0"},
+    }
+
+
+RELEASE = {
+    "name": "tiny-poe",
+    "repo_id": "cognica/tiny-poe",
+    "license": "apache-2.0",
+    "languages": ["en"],
+    "config": {"num_hidden_layers": 8, "hidden_size": 256, "poe_stage_layers": [2, 2, 2, 2], "window_pattern": "SSSL"},
+    "data": {"sources": [{"name": "docs|x", "documents": 10, "bytes": 1000, "share": 0.25, "license": "PSF"}]},
+}
