@@ -1,0 +1,219 @@
+"""Byte-level BPE: trained by ``tokenizers``, saved as an ``AutoTokenizer`` folder, bulk encoding by ``tiktoken``.
+
+Vocabulary layout of the released models: byte and merge tokens first, then nine special tokens, ``<|bos|>`` first of
+them (32,768 = 32,759 + 9, BOS id 32759). Both encoders hold the same merges; that their ids are equal is tested.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from cognica_poe.errors import UserError
+from cognica_poe.files import atomic_folder, read_json, write_json
+
+SPECIAL_TOKENS = (
+    "<|bos|>",
+    "<|user_start|>",
+    "<|user_end|>",
+    "<|assistant_start|>",
+    "<|assistant_end|>",
+    "<|python_start|>",
+    "<|python_end|>",
+    "<|output_start|>",
+    "<|output_end|>",
+)
+BOS = SPECIAL_TOKENS[0]
+SPLIT_PATTERN = (  # GPT-4's, with digit groups of one or two
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+MAX_VOCAB = 65536  # packed rows are uint16
+_LONG_SPACE = re.compile(r"\s{20000}")  # tiktoken's regular expressions run out of stack on much longer runs
+
+
+class Tokenizer:
+    """A saved tokenizer: exact ids, fast bulk encoding, true byte lengths."""
+
+    def __init__(self, folder: Path) -> None:
+        """Load ``folder/tokenizer.json``. Raises UserError if it is missing or no byte-level BPE with a BOS."""
+        import tiktoken
+        from tokenizers import Tokenizer as Backend
+
+        self.folder = Path(folder)
+        file = self.folder / "tokenizer.json"
+        described = read_json(file, "tokenizer")
+        try:
+            pattern = described["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
+            vocabulary = {token: int(index) for token, index in described["model"]["vocab"].items()}
+            special = {token["content"]: int(token["id"]) for token in described["added_tokens"]}
+            ranks = {_token_to_bytes(token): index for token, index in vocabulary.items() if token not in special}
+            self.bos_id = special[BOS]
+            self._backend = Backend.from_file(str(file))
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise UserError(
+                f"tokenizer {file} is not a byte-level BPE with a split pattern and {BOS}; make it with tokenizer train"
+            ) from error
+        self.vocab_size = max(max(ranks.values()), max(special.values())) + 1
+        if len(ranks) + len(special) != self.vocab_size or self.vocab_size > MAX_VOCAB:
+            raise UserError(
+                f"tokenizer {file} has {len(ranks) + len(special)} tokens for {self.vocab_size} ids "
+                f"(at most {MAX_VOCAB}, no gaps); make it with tokenizer train"
+            )
+        self.special_ids = special
+        self.sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+        self._bytes: list[bytes] = [b""] * self.vocab_size
+        for token, index in ranks.items():
+            self._bytes[index] = token
+        self._fast = tiktoken.Encoding(
+            self.sha256,
+            pat_str=pattern,
+            mergeable_ranks=ranks,
+            special_tokens=special,
+            explicit_n_vocab=self.vocab_size,
+        )
+
+    @property
+    def token_bytes(self) -> np.ndarray:
+        """int32 [V]: length in bytes of every token, 0 for special tokens (true bytes, valid UTF-8 or not)."""
+        return np.array([len(token) for token in self._bytes], dtype=np.int32)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of ``text`` without BOS. A special token's name inside ``text`` is ordinary text."""
+        if len(text) >= 20000 and _LONG_SPACE.search(text):
+            return self.reference_encode(text)
+        return self._fast.encode_ordinary(text)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of each text without BOS, uint16 arrays; the same ids as ``encode``."""
+        return [np.array(self.encode(text), dtype=np.uint16) for text in texts]
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The exact bytes behind ``ids``; special tokens give none."""
+        return b"".join(self._bytes[index] for index in ids)
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
+        """Text of ``ids``; bytes that are not valid UTF-8 become U+FFFD."""
+        names = {} if skip_special_tokens else {index: name.encode() for name, index in self.special_ids.items()}
+        return b"".join(names.get(int(i), self._bytes[i]) for i in ids).decode("utf-8", errors="replace")
+
+    def reference_encode(self, text: str) -> list[int]:
+        """What ``encode`` gives, by the ``tokenizers`` library: slow, the oracle of the tests."""
+        self._backend.encode_special_tokens = True  # names of special tokens are text here too
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Load a tokenizer folder (or the folder of the given ``tokenizer.json``)."""
+    path = Path(path)
+    return Tokenizer(path.parent if path.name == "tokenizer.json" else path)
+
+
+def train_tokenizer(
+    texts: Iterable[str],
+    vocab_size: int,
+    out: Path,
+    *,
+    max_bytes: int = 200_000_000,
+    log: Callable[[str], None] = lambda line: None,
+) -> Tokenizer:
+    """Train on at most ``max_bytes`` of ``texts`` and save to ``out``. Deterministic.
+
+    Raises UserError if ``vocab_size`` does not fit uint16 rows, leaves no room for merges, or is not reached.
+    """
+    from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
+    from tokenizers import Tokenizer as Backend
+
+    merged = vocab_size - len(SPECIAL_TOKENS)
+    if vocab_size > MAX_VOCAB:
+        raise UserError(f"vocab_size {vocab_size} is too large: packed rows hold 16-bit ids; at most {MAX_VOCAB}")
+    if merged < 256:
+        raise UserError(f"vocab_size {vocab_size} is too small: 256 bytes and {len(SPECIAL_TOKENS)} specials need 265")
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=merged,
+        min_frequency=2,
+        show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
+    log(f"tokenizer: training {vocab_size} tokens on at most {max_bytes / 1e6:.0f} MB")
+    backend.train_from_iterator(_capped(texts, max_bytes), trainer)
+    reached = backend.get_vocab_size() + len(SPECIAL_TOKENS)
+    if reached < vocab_size:
+        raise UserError(
+            f"the corpus is too small for a vocabulary of {vocab_size}: {reached} tokens were reached; "
+            "use more text or a smaller vocab_size"
+        )
+    backend.add_special_tokens(list(SPECIAL_TOKENS))
+    bos_id = backend.token_to_id(BOS)
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, bos_id)]
+    )
+    save_tokenizer(backend.to_str(pretty=True), out)
+    tokenizer = load_tokenizer(out)
+    log(f"tokenizer: {tokenizer.vocab_size} tokens, {BOS} is {tokenizer.bos_id}, saved to {out}")
+    return tokenizer
+
+
+def save_tokenizer(tokenizer_json: str, out: Path, model_max_length: int | None = None) -> None:
+    """Write a tokenizer folder that ``AutoTokenizer.from_pretrained`` loads without remote code.
+
+    It prepends BOS by itself, pads on the left with BOS, and never cleans up spaces. BOS starts every document, so it
+    also ends generation (``eos_token``). ``model_max_length`` (tokens) is left open unless given.
+    """
+    names = {"bos_token": BOS, "eos_token": BOS, "pad_token": BOS}
+    configuration = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **names,
+        "extra_special_tokens": list(SPECIAL_TOKENS[1:]),
+        "clean_up_tokenization_spaces": False,
+        "padding_side": "left",
+        "truncation_side": "left",
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
+    if model_max_length is not None:
+        configuration["model_max_length"] = int(model_max_length)
+    with atomic_folder(Path(out), manifest=False) as folder:
+        (folder / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
+        write_json(folder / "tokenizer_config.json", configuration)
+        write_json(folder / "special_tokens_map.json", {**names, "additional_special_tokens": list(SPECIAL_TOKENS[1:])})
+
+
+def export_tokenizer(tokenizer: Path, out: Path, model_max_length: int) -> None:
+    """Copy a tokenizer folder for a release, with the model's context length in it."""
+    described = read_json(Path(tokenizer) / "tokenizer.json", "tokenizer")
+    save_tokenizer(json.dumps(described, indent=2, ensure_ascii=False), out, model_max_length)
+
+
+def _capped(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
+    left = max_bytes
+    for text in texts:
+        if left <= 0:
+            return
+        left -= len(text.encode())
+        yield text
+
+
+@lru_cache(maxsize=1)
+def _alphabet() -> dict[str, int]:
+    """Character of the byte-level alphabet (GPT-2's) to its byte."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def _token_to_bytes(token: str) -> bytes:
+    alphabet = _alphabet()
+    return bytes(alphabet[character] for character in token)
