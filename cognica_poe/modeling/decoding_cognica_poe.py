@@ -1,5 +1,173 @@
-"""Generation modes of a Product-of-Experts model (model card, "PoE-specific inference")."""
+"""Generation modes of a Product-of-Experts model (model card, "PoE-specific inference").
+
+Common keyword arguments of all modes: ``attention_mask`` (left padding), ``max_new_tokens=64``, ``eos_token_id``,
+``pad_token_id``, ``do_sample=False``, ``temperature``, ``top_k``, ``top_p``, ``seed``, ``streamer``; they are described
+at :meth:`GenerationRequest.build`. All modes take prompts ``[B, T]`` and return ``[B, T + new]`` int64; rows that end
+early are filled with the pad id. A model of one stage runs every mode, each being the full model; a model with
+``poe_mode = "none"`` has untrained stage heads and answers through ``generate()`` alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from .reference_cognica_poe import composition, prefix, single_stage, speculative, wand
+from .request_cognica_poe import GenerationRequest, Transcript
 
 
 class PoEDecodingMixin:
-    pass
+    """The modes beside ``generate()``, which samples the pool of all stages."""
+
+    POE_WAND_P99_BOUNDS_PER_STAGE_HEAD = (3.2557, 1.5259, 1.1327)
+    """Bounds of the 3B release at step 14,000: the fallback of four-stage models whose config has none."""
+
+    @torch.no_grad()
+    def generate_prefix(self, input_ids: torch.Tensor, max_stages: int | None = None, **options) -> torch.Tensor:
+        """Pool of the first ``max_stages`` stages; deeper layers are never run. All stages when None.
+
+        Raises:
+            ValueError: no such stage, or a wrong request (see :meth:`GenerationRequest.build`).
+        """
+        max_stages = self.config.num_stages if max_stages is None else max_stages
+        self._check_stages([max_stages - 1], "max_stages", max_stages)
+        request = GenerationRequest.build(self, input_ids, **options)
+        return _written(request, prefix(self, request, max_stages))
+
+    @torch.no_grad()
+    def generate_stage(self, input_ids: torch.Tensor, stage: int, **options) -> torch.Tensor:
+        """One stage with its own head, counted from 0; deeper layers are never run.
+
+        Raises:
+            ValueError: no such stage, or a wrong request.
+        """
+        self._check_stages([stage])
+        request = GenerationRequest.build(self, input_ids, **options)
+        return _written(request, single_stage(self, request, stage))
+
+    @torch.no_grad()
+    def generate_wand(
+        self,
+        input_ids: torch.Tensor,
+        safety: float = 1.0,
+        p99_bounds: Sequence[float] | None = None,
+        return_stages_used: bool = False,
+        **options,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Adaptive depth: a token leaves after stage k when ``top1 - top2 > safety * sum of the remaining bounds``.
+
+        Margins are those of the pooled log-probabilities of the first k stages.
+
+        Args:
+            input_ids: prompts ``[B, T]``.
+            safety: factor on the bounds; larger means fewer exits.
+            p99_bounds: K-1 bounds, one per transition between stages; the config's when None.
+            return_stages_used: also return how many stages each new token used.
+
+        Returns:
+            ids ``[B, T + new]``; with ``return_stages_used`` also int64 ``[B, new]`` in 1..K, 0 after a row's end.
+
+        Raises:
+            ValueError: bounds that are missing or do not fit, or a wrong request.
+        """
+        self._check_stages([0])
+        bounds = self._wand_bounds(p99_bounds, safety)
+        request = GenerationRequest.build(self, input_ids, **options)
+        rows, used = wand(self, request, bounds, safety)
+        ids = _written(request, rows)
+        return (ids, Transcript.table(used, 0).to(ids.device)) if return_stages_used else ids
+
+    @torch.no_grad()
+    def generate_speculative(
+        self,
+        input_ids: torch.Tensor,
+        draft_stage: int = 0,
+        k_draft: int = 4,
+        return_acceptance: bool = False,
+        **options,
+    ) -> torch.Tensor | tuple[torch.Tensor, dict]:
+        """Stage ``draft_stage`` drafts ``k_draft`` tokens, the full pool verifies them.
+
+        Greedy output is that of ``generate()``; sampled output follows exactly the distribution of ``generate()``.
+
+        Returns:
+            ids ``[B, T + new]``; with ``return_acceptance`` also a dict with ``proposed`` and ``accepted`` drafts,
+            their quotient ``acceptance`` (0 when nothing was proposed) and the number of verification ``rounds``,
+            summed over rows.
+
+        Raises:
+            ValueError: no such stage, ``k_draft`` below 1, or a wrong request.
+        """
+        self._check_stages([draft_stage], "draft_stage")
+        if isinstance(k_draft, bool) or not isinstance(k_draft, int) or k_draft < 1:
+            raise ValueError(f"k_draft is {k_draft}; draft at least 1 token")
+        request = GenerationRequest.build(self, input_ids, **options)
+        rows, counts = speculative(self, request, draft_stage, k_draft)
+        ids = _written(request, rows)
+        return (ids, counts) if return_acceptance else ids
+
+    @torch.no_grad()
+    def generate_parallel_composition(
+        self,
+        input_ids: torch.Tensor,
+        stages: Sequence[int],
+        stage_weights: Sequence[float] | None = None,
+        **options,
+    ) -> torch.Tensor:
+        """Pool of chosen stages: ``sum_k w_k log p_k``, renormalised.
+
+        Args:
+            input_ids: prompts ``[B, T]``.
+            stages: stages counted from 0, each at most once; layers above the deepest are never run.
+            stage_weights: one non-negative weight per stage, taken as given; uniform (with the model's
+                ``poe_alpha``, as the full pool) when None.
+            **options: see the module.
+
+        Raises:
+            ValueError: no such stage, weights that do not fit, or a wrong request.
+        """
+        stages = list(stages)
+        self._check_stages(stages, "stages", stages)
+        if stage_weights is not None:
+            stage_weights = [float(weight) for weight in stage_weights]
+            fits = len(stage_weights) == len(stages) and all(0 <= w < math.inf for w in stage_weights)
+            if not fits or sum(stage_weights) == 0:
+                raise ValueError(f"stage_weights {stage_weights} need one non-negative weight per stage of {stages}")
+        request = GenerationRequest.build(self, input_ids, **options)
+        return _written(request, composition(self, request, stages, stage_weights))
+
+    def _check_stages(self, stages: list[int], name: str = "stage", value=None) -> None:
+        K = self.config.num_stages
+        if self.config.poe_mode == "none":
+            raise ValueError("poe_mode is none: the stage heads of this model are not trained; use generate()")
+        integers = all(isinstance(stage, int) and not isinstance(stage, bool) for stage in stages)
+        if not stages or not integers or len(set(stages)) < len(stages) or min(stages) < 0 or max(stages) >= K:
+            value = stages[0] if value is None else value
+            raise ValueError(f"{name} {value} does not exist: the model has {K} stages")
+
+    def _wand_bounds(self, bounds: Sequence[float] | None, safety: float) -> list[float]:
+        K = self.config.num_stages
+        bounds = self.config.poe_wand_p99_bounds_per_stage_head if bounds is None else bounds
+        if bounds is None:
+            if K not in (1, 4):
+                raise ValueError(
+                    f"no WAND bounds for {K} stages: pass p99_bounds with {K - 1} values, or calibrate the model so "
+                    "that its config has poe_wand_p99_bounds_per_stage_head"
+                )
+            bounds = self.POE_WAND_P99_BOUNDS_PER_STAGE_HEAD if K == 4 else ()
+        bounds = [float(bound) for bound in bounds]
+        if len(bounds) != K - 1 or not all(bound >= 0 for bound in bounds):
+            raise ValueError(f"p99_bounds {bounds} need {K - 1} non-negative values, one per transition between stages")
+        if not safety >= 0:
+            raise ValueError(f"safety is {safety}; it must not be negative")
+        return bounds
+
+
+def _written(request: GenerationRequest, rows: list[list[int]]) -> torch.Tensor:
+    transcript = Transcript(request)
+    for column in range(max(len(row) for row in rows)):
+        for row, tokens in enumerate(rows):
+            transcript.extend(row, tokens[column : column + 1])
+    return transcript.finish()

@@ -1,0 +1,131 @@
+"""The generation modes written as slowly and plainly as possible: every token re-runs the whole text, row by row.
+
+Nothing here is used when generating; the tests compare the fast modes with it. No cache, no padding, no batches.
+Every function takes the model and a :class:`GenerationRequest` and returns one list of new ids per row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from .request_cognica_poe import GenerationRequest
+from .sampling_cognica_poe import ACCEPT, DRAFT, FINAL, combine, inverse_cdf
+
+
+def stage_logits(model, ids: list[int]) -> list[torch.Tensor]:
+    """Capped logits ``[T, V]`` of all stages for one text."""
+    text = torch.tensor([ids], device=model.device)
+    return [logits[0] for logits in model.all_logits(text)[0]]
+
+
+def decode(model, request: GenerationRequest, rule: Callable[[list[torch.Tensor]], torch.Tensor]) -> list[list[int]]:
+    """Generate with ``rule``: from the stages' logits ``[V]`` to the log-probabilities ``[V]`` to choose from."""
+    rows = []
+    for row, length in enumerate(request.lengths):
+        text = request.prompt(row).tolist()
+        while not _ended(request, text[length:]):
+            last = [logits[-1] for logits in stage_logits(model, text)]
+            text.append(_pick(request, rule(last), row, len(text) - length, FINAL))
+        rows.append(text[length:])
+    return rows
+
+
+def prefix(model, request: GenerationRequest, max_stages: int) -> list[list[int]]:
+    """Pool of the first ``max_stages`` stages."""
+    return decode(model, request, lambda logits: combine(logits[:max_stages], model.config.poe_alpha))
+
+
+def single_stage(model, request: GenerationRequest, stage: int) -> list[list[int]]:
+    """One stage's own head."""
+    return decode(model, request, lambda logits: logits[stage].log_softmax(dim=-1))
+
+
+def composition(
+    model, request: GenerationRequest, stages: Sequence[int], weights: Sequence[float] | None
+) -> list[list[int]]:
+    """Weighted pool of chosen stages; weights are taken as given, without ``poe_alpha``."""
+    alpha = model.config.poe_alpha if weights is None else 0.0
+    return decode(model, request, lambda logits: combine([logits[stage] for stage in stages], alpha, weights))
+
+
+def wand(
+    model, request: GenerationRequest, bounds: Sequence[float], safety: float
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Early exit: leave after stage k when the margin of the pool so far exceeds what the rest may still move."""
+    used: list[list[int]] = [[]]
+
+    def rule(logits: list[torch.Tensor]) -> torch.Tensor:
+        for stage in range(len(logits)):
+            pool = combine(logits[: stage + 1], model.config.poe_alpha)
+            first, second = pool.topk(2).values.tolist()
+            if stage == len(logits) - 1 or first - second > safety * sum(bounds[stage:]):
+                break
+        used[-1].append(stage + 1)
+        return pool
+
+    rows = decode(model, request, rule)
+    flat, counts = used[0], []
+    for row in rows:
+        counts.append(flat[: len(row)])
+        flat = flat[len(row) :]
+    return rows, counts
+
+
+def speculative(model, request: GenerationRequest, draft_stage: int, k_draft: int) -> tuple[list[list[int]], dict]:
+    """Draft with one stage, verify with the full pool; greedy, or the accept/residual rule when sampling."""
+    rows, proposed, accepted, rounds = [], 0, 0, 0
+    for row, length in enumerate(request.lengths):
+        text = request.prompt(row).tolist()
+        while not _ended(request, text[length:]):
+            done = len(text) - length
+            k = min(k_draft, request.max_new_tokens - done - 1)
+            drafts, draft_probabilities = [], []
+            for i in range(k):
+                logprobs = stage_logits(model, text + drafts)[draft_stage][-1].log_softmax(dim=-1)
+                draft_probabilities.append(request.choice.probabilities(logprobs))
+                drafts.append(_pick(request, logprobs, row, done + i, DRAFT))
+            pool = combine(stage_logits(model, text + drafts), model.config.poe_alpha)[len(text) - 1 :]
+            new = []
+            for i, draft in enumerate([*drafts, None]):
+                token = _verify(request, pool[i], draft, draft_probabilities[i] if i < k else None, row, done + i)
+                new.append(token)
+                accepted += token == draft
+                if token != draft or token in request.eos:
+                    break
+            # Drafts after a rejected one were proposed too; those after an accepted end of the text were not.
+            ended = token == draft and token in request.eos
+            proposed += len(new) if ended else k
+            rounds += 1
+            text += new
+        rows.append(text[length:])
+    return rows, {
+        "acceptance": accepted / proposed if proposed else 0.0,
+        "proposed": proposed,
+        "accepted": accepted,
+        "rounds": rounds,
+    }
+
+
+def _verify(request: GenerationRequest, pool, draft: int | None, draft_probabilities, row: int, position: int) -> int:
+    """The token that the verifier puts at one position: the draft itself when it is kept."""
+    if draft is None:
+        return _pick(request, pool, row, position, FINAL)
+    if not request.choice.do_sample:
+        return int(pool.argmax())
+    target = request.choice.probabilities(pool)
+    ratio = float(target[draft] / draft_probabilities[draft])
+    if float(request.uniforms[row, position, ACCEPT]) < ratio:
+        return draft
+    residual = (target - draft_probabilities).clamp(min=0)
+    return int(inverse_cdf(residual, request.uniforms[row, position, FINAL]))
+
+
+def _pick(request: GenerationRequest, logprobs: torch.Tensor, row: int, position: int, purpose: int) -> int:
+    uniform = request.uniforms[row, position, purpose] if request.choice.do_sample else None
+    return int(request.choice.pick(logprobs, uniform))
+
+
+def _ended(request: GenerationRequest, new: list[int]) -> bool:
+    return len(new) == request.max_new_tokens or bool(new and new[-1] in request.eos)

@@ -1,0 +1,208 @@
+"""What every generation mode shares: checking what it was asked, and writing down what it answered."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from .sampling_cognica_poe import TokenChoice, exact_dtype, uniforms
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """A checked request; build it with :meth:`build`."""
+
+    ids: torch.Tensor
+    """Prompt ids ``[B, T]`` int64 on the model's device, left padded."""
+    lengths: list[int]
+    """Real tokens of every row, without its padding."""
+    max_new_tokens: int
+    """Tokens to generate at most, per row."""
+    eos: frozenset[int]
+    """Ids that end a row."""
+    pad: int
+    """Id that fills a row after its end."""
+    choice: TokenChoice
+    """How tokens are chosen."""
+    uniforms: torch.Tensor | None
+    """``[B, max_new_tokens, 3]`` when sampling, see :func:`uniforms`."""
+    streamer: object | None = None
+    """Receives the prompt, then each new column ``[B]`` of ids, then ``end()``."""
+
+    @classmethod
+    def build(
+        cls,
+        model,
+        input_ids: torch.Tensor,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        max_new_tokens: int = 64,
+        eos_token_id: int | Sequence[int] | None = None,
+        pad_token_id: int | None = None,
+        do_sample: bool = False,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        streamer=None,
+    ) -> GenerationRequest:
+        """Check everything up front, so that a mistake costs no computation.
+
+        Args:
+            model: the model that will answer; its configuration gives vocabulary, context and default ids.
+            input_ids: prompt ids ``[B, T]``.
+            attention_mask: ``[B, T]``, 0 at the left padding and 1 at the text; None when nothing is padded.
+            max_new_tokens: tokens to generate at most.
+            eos_token_id: id or ids that end a row; the model's own when None, an empty list for none.
+            pad_token_id: fills ended rows; the model's own, else the first end token, else 0.
+            do_sample: draw tokens instead of taking the most probable one.
+            temperature, top_k, top_p: the distribution drawn from, in this order; only with ``do_sample``.
+            seed: makes sampling repeatable; taken from torch's global generator when None.
+            streamer: object with ``put`` and ``end`` as in transformers.
+
+        Raises:
+            ValueError: one line that says what is wrong.
+        """
+        _check_ids(model, input_ids)
+        lengths = _real_lengths(input_ids, attention_mask)
+        _check(
+            _is_int(max_new_tokens) and max_new_tokens >= 1, f"max_new_tokens is {max_new_tokens}; ask for at least 1"
+        )
+        limit, total = model.config.max_position_embeddings, max(lengths) + max_new_tokens
+        _check(
+            total <= limit,
+            f"{max(lengths)} prompt tokens and {max_new_tokens} new ones make {total}, more than the context "
+            f"of {limit}; shorten the prompt or lower max_new_tokens",
+        )
+        eos = _default(model, "eos_token_id") if eos_token_id is None else eos_token_id
+        eos = [] if eos is None else [eos] if isinstance(eos, int) else [int(i) for i in eos]
+        pad = _default(model, "pad_token_id") if pad_token_id is None else pad_token_id
+        choice = _choice(do_sample, temperature, top_k, top_p)
+        table = None
+        if do_sample:
+            seed = int(torch.randint(2**62, ())) if seed is None else seed
+            table = uniforms(seed, len(lengths), max_new_tokens).to(model.device, exact_dtype(model.device))
+        return cls(
+            ids=input_ids.to(model.device),
+            lengths=lengths,
+            max_new_tokens=max_new_tokens,
+            eos=frozenset(eos),
+            pad=pad if pad is not None else eos[0] if eos else 0,
+            choice=choice,
+            uniforms=table,
+            streamer=streamer,
+        )
+
+    def prompt(self, row: int) -> torch.Tensor:
+        """Real ids ``[T_row]`` of one row."""
+        return self.ids[row, self.ids.shape[1] - self.lengths[row] :]
+
+
+@dataclass
+class Transcript:
+    """New tokens of every row; it knows when a row has ended and feeds the streamer column by column."""
+
+    request: GenerationRequest
+    rows: list[list[int]] = field(init=False)
+    ended: list[bool] = field(init=False)
+    streamed: int = 0
+
+    def __post_init__(self):
+        batch = len(self.request.lengths)
+        self.rows, self.ended = [[] for _ in range(batch)], [False] * batch
+        if self.request.streamer is not None:
+            self.request.streamer.put(self.request.ids.cpu())
+
+    def extend(self, row: int, tokens: Sequence[int]) -> int:
+        """Append ``tokens`` to an open row up to its end token or its limit; returns how many were kept."""
+        kept = 0
+        for token in tokens:
+            if self.ended[row]:
+                break
+            self.rows[row].append(token)
+            kept += 1
+            self.ended[row] = token in self.request.eos or len(self.rows[row]) == self.request.max_new_tokens
+        self._stream()
+        return kept
+
+    def remaining(self, row: int) -> int:
+        """Tokens that the row may still receive."""
+        return 0 if self.ended[row] else self.request.max_new_tokens - len(self.rows[row])
+
+    @property
+    def done(self) -> bool:
+        """True when every row has ended."""
+        return all(self.ended)
+
+    def finish(self) -> torch.Tensor:
+        """Close the streamer and return prompt and new tokens, ``[B, T + new]``, ended rows filled with the pad id."""
+        if self.request.streamer is not None:
+            self.request.streamer.end()
+        ids = self.request.ids
+        return torch.cat((ids, self.table(self.rows, self.request.pad).to(ids.device)), dim=1)
+
+    @staticmethod
+    def table(rows: list[list[int]], fill: int) -> torch.Tensor:
+        """Rows of unequal length as one int64 tensor ``[B, new]``."""
+        width = max(len(row) for row in rows)
+        return torch.tensor([row + [fill] * (width - len(row)) for row in rows], dtype=torch.int64)
+
+    def _stream(self) -> None:
+        if self.request.streamer is None:
+            return
+        longest = max(len(row) for row in self.rows)
+        open_rows = [len(row) for row, ended in zip(self.rows, self.ended, strict=True) if not ended]
+        for column in range(self.streamed, min(open_rows, default=longest)):
+            ids = [row[column] if column < len(row) else self.request.pad for row in self.rows]
+            self.request.streamer.put(torch.tensor(ids, dtype=torch.int64))
+            self.streamed = column + 1
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _is_int(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_ids(model, ids: torch.Tensor) -> None:
+    _check(isinstance(ids, torch.Tensor), f"input_ids is a {type(ids).__name__}; pass a tensor [batch, tokens]")
+    _check(ids.ndim == 2, f"input_ids has shape {list(ids.shape)}; pass [batch, tokens]")
+    _check(ids.dtype in (torch.int64, torch.int32), f"input_ids has dtype {ids.dtype}; pass integer token ids")
+    _check(ids.numel() > 0, "the prompt is empty; pass at least one token, such as the BOS token")
+    low, high = int(ids.min()), int(ids.max())
+    vocab = model.config.vocab_size
+    bad = low if low < 0 else high
+    _check(0 <= bad < vocab, f"token id {bad} is outside the vocabulary of {vocab} ids")
+
+
+def _real_lengths(ids: torch.Tensor, mask: torch.Tensor | None) -> list[int]:
+    if mask is None:
+        return [ids.shape[1]] * ids.shape[0]
+    _check(mask.shape == ids.shape, f"attention_mask {list(mask.shape)} does not fit input_ids {list(ids.shape)}")
+    real = mask.cpu() != 0
+    _check(
+        bool((real.int().diff(dim=1) >= 0).all()),
+        "attention_mask is not left padded: zeros first, then ones (tokenizer padding_side='left')",
+    )
+    lengths = real.sum(dim=1).tolist()
+    _check(min(lengths) > 0, f"the prompt of row {lengths.index(min(lengths))} is empty; pass at least one token")
+    return lengths
+
+
+def _default(model, name: str):
+    own = getattr(getattr(model, "generation_config", None), name, None)
+    return own if own is not None else getattr(model.config, name, None)
+
+
+def _choice(do_sample: bool, temperature, top_k, top_p) -> TokenChoice:
+    given = [n for n, v in (("temperature", temperature), ("top_k", top_k), ("top_p", top_p)) if v is not None]
+    _check(do_sample or not given, f"{', '.join(given)} needs do_sample=True; without it decoding is greedy")
+    _check(temperature is None or temperature > 0, f"temperature is {temperature}; it must be above 0")
+    _check(top_k is None or (_is_int(top_k) and top_k >= 1), f"top_k is {top_k}; it must be at least 1")
+    _check(top_p is None or 0 < top_p <= 1, f"top_p is {top_p}; it must be in (0, 1]")
+    return TokenChoice(do_sample, 1.0 if temperature is None else float(temperature), top_k, top_p)
