@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import math
+from pathlib import Path
 from typing import Any
+
+from cognica_poe.files import write_bytes, write_json
 
 STAGES = 4
 HOSTILE = "a | b `code` <script>alert(1)</script> [x](http://evil) \u202eabc\x1b[31m\n# heading\n---\n" + "long " * 200
@@ -74,3 +79,23 @@ RELEASE = {
     "config": {"num_hidden_layers": 8, "hidden_size": 256, "poe_stage_layers": [2, 2, 2, 2], "window_pattern": "SSSL"},
     "data": {"sources": [{"name": "docs|x", "documents": 10, "bytes": 1000, "share": 0.25, "license": "PSF"}]},
 }
+
+
+def make_run(folder: Path, *, name: str = "tiny-poe", path: str = "pool", steps: tuple[int, ...] = (0, 100, 200, 300)):
+    """A run folder with records, metrics of every step, a cut last line, a recipe, events and a data manifest."""
+    for step in steps:
+        write_json(folder / "analysis" / f"step-{step}.json", make_record(step, name=name, path=path))
+    lines = []
+    for step in range(1, steps[-1] + 1):
+        loss = 9.0 / (1 + step / 15) ** 0.4 + 0.1 * math.sin(step * 7.3)
+        line = {"step": step, "loss": loss, "tokens": step * 16384, "lr_scale": min(1.0, step / 20)}
+        line["tokens_per_second"] = 5200 + 150 * math.sin(step)
+        if path == "pool":
+            line["loss_stages"] = [loss * (1.03 - 0.01 * k) for k in range(STAGES)]
+        lines.append(json.dumps(line))
+    write_bytes(folder / "metrics.jsonl", ("\n".join(lines) + '\n{"step": 9999, "lo').encode())
+    write_bytes(folder / "events.jsonl", b'{"step": 120, "event": "resume", "world_size": 1}\n')
+    recipe = {"name": name, "description": "A model <small> enough for a laptop.", "model": {"hidden_size": 256}}
+    write_json(folder / "recipe.json", recipe)
+    write_json(folder / "data" / "manifest.json", {"sources": RELEASE["data"]["sources"]})
+    return folder
