@@ -34,6 +34,7 @@ SPLIT_PATTERN = (  # GPT-4's, with digit groups of one or two
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
 MAX_VOCAB = 65536  # packed rows are uint16
+_LONG_TEXT = 20000  # characters
 _LONG_SPACE = re.compile(r"\s{20000}")  # tiktoken's regular expressions run out of stack on much longer runs
 
 
@@ -85,13 +86,18 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of ``text`` without BOS. A special token's name inside ``text`` is ordinary text."""
-        if len(text) >= 20000 and _LONG_SPACE.search(text):
+        if len(text) >= _LONG_TEXT and _LONG_SPACE.search(text):
             return self.reference_encode(text)
         return self._fast.encode_ordinary(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of each text without BOS, uint16 arrays; the same ids as ``encode``."""
-        return [np.array(self.encode(text), dtype=np.uint16) for text in texts]
+        return [self._encode_array(text) for text in texts]
+
+    def _encode_array(self, text: str) -> np.ndarray:
+        if len(text) >= _LONG_TEXT and _LONG_SPACE.search(text):
+            return np.array(self.reference_encode(text), dtype=np.uint16)
+        return self._fast.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The exact bytes behind ``ids``; special tokens give none."""

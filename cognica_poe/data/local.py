@@ -1,0 +1,125 @@
+"""Documents from the user's own files: parquet, jsonl, or whole text files."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from cognica_poe.data.documents import Document
+from cognica_poe.errors import UserError
+
+TABLES = (".parquet", ".jsonl")
+TEXTS = (".txt", ".md", ".py")
+_SPLIT_NAME = re.compile(r"(?:^|[-_.])(train|val|validation)(?:[-_.]\d+)?$")
+UNKNOWN_LANGUAGE = "und"  # ISO 639-2: undetermined
+
+
+def local_files(path: Path) -> list[Path]:
+    """Supported files of a folder (or the one file given), validation files first.
+
+    Text files beside tables are readmes and licences, not corpus: they are left out.
+    Raises UserError if the path is missing or holds nothing that can be read.
+    """
+    if not path.exists():
+        raise UserError(f"no mix and no file or folder is called {path}; name a mix, or a path that exists")
+    if path.is_file():
+        if path.suffix.lower() not in TABLES + TEXTS:
+            raise UserError(f"cannot read {path}: supported are {', '.join(TABLES + TEXTS)}")
+        return [path]
+    visible = [
+        file
+        for file in sorted(path.rglob("*"))
+        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)
+    ]
+    if not visible:
+        raise UserError(f"folder {path} is empty; put {', '.join(TABLES + TEXTS)} files into it")
+    for kinds in (TABLES, TEXTS):
+        files = [file for file in visible if file.suffix.lower() in kinds]
+        if files:
+            return sorted(files, key=lambda file: (explicit_split(file) != "val", file))
+    raise UserError(f"folder {path} holds no supported files; supported are {', '.join(TABLES + TEXTS)}")
+
+
+def explicit_split(file: Path) -> str | None:
+    """``val`` or ``train`` where a table's name says so (``x-val.parquet``, ``train-00000.parquet``), else None."""
+    found = _SPLIT_NAME.search(file.stem) if file.suffix.lower() in TABLES else None
+    return None if found is None else "train" if found[1] == "train" else "val"
+
+
+def read_file(file: Path, root: Path, dropped: Callable[[str], None]) -> Iterator[Document]:
+    """Documents of one file; ``dropped(reason)`` counts rows without text. Raises UserError naming file and line."""
+    name = file.relative_to(root).as_posix() if root.is_dir() else file.name
+    source = _SPLIT_NAME.sub("", file.stem) or (root.name if root.is_dir() else file.stem)
+    kind = file.suffix.lower()
+    if kind in TEXTS:
+        yield Document(_read_text(file), _text_source(file, root), "code" if kind == ".py" else UNKNOWN_LANGUAGE, name)
+        return
+    rows = _parquet_rows(file) if kind == ".parquet" else _jsonl_rows(file)
+    for number, row in enumerate(rows):
+        if row["text"] is None:
+            dropped("empty")
+            continue
+        yield Document(
+            row["text"],
+            row.get("source") or source,
+            row.get("language") or UNKNOWN_LANGUAGE,
+            row.get("origin") or f"{name}#{number}",
+            row.get("group") or "",
+        )
+
+
+def _text_source(file: Path, root: Path) -> str:
+    parts = file.relative_to(root).parts if root.is_dir() else ()
+    return parts[0] if len(parts) > 1 else (root.name if root.is_dir() else file.stem)
+
+
+def _read_text(file: Path) -> str:
+    data = file.read_bytes()
+    if b"\0" in data:
+        raise UserError(f"{file} is a binary file, not text (it has NUL bytes); remove it or convert it to UTF-8 text")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8 text (byte {error.start}); convert it or remove it") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _parquet_rows(file: Path) -> Iterator[dict[str, str | None]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(file) as parquet:
+            schema = parquet.schema_arrow
+            if "text" not in schema.names:
+                raise UserError(f"{file} has no column 'text' (columns: {', '.join(schema.names)}); rename the column")
+            kind = schema.field("text").type
+            if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+                raise UserError(f"column 'text' of {file} holds {kind}, not strings; convert it")
+            known = [name for name in ("text", "source", "language", "origin", "group") if name in schema.names]
+            for batch in parquet.iter_batches(batch_size=256, columns=known):
+                yield from batch.to_pylist()
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(f"{file} is not a readable parquet file ({reason}); restore it or remove it") from error
+
+
+def _jsonl_rows(file: Path) -> Iterator[dict[str, str | None]]:
+    with open(file, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                raise UserError(f"{file} line {number} is not valid JSON ({error}); correct or remove it") from error
+            row = {"text": row} if isinstance(row, str) else row
+            if not isinstance(row, dict) or "text" not in row or not isinstance(row["text"], str | None):
+                raise UserError(f"{file} line {number} has no string 'text'; each line is an object such as "
+                                '{"text": "..."}')  # fmt: skip
+            yield {name: None if value is None else str(value) for name, value in row.items() if name in _FIELDS}
+
+
+_FIELDS = ("text", "source", "language", "origin", "group")
