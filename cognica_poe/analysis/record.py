@@ -1,0 +1,301 @@
+"""The analysis record of one checkpoint: schema, files, comparison with its predecessor.
+
+``analysis/step-N.json`` holds everything that a report or card prints; ``analysis/step-N.documents.npz`` beside it the
+per-document sums, from which the paired interval of the change to the next record is computed. NaN and infinity,
+unknown fields and contradictions between fields are refused on writing and on reading.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import zipfile
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+
+from cognica_poe.analysis.bits_per_byte import DocumentSums
+from cognica_poe.errors import UserError
+from cognica_poe.files import disk_errors, write_bytes, write_json
+
+SCHEMA_VERSION = 1
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Count = Annotated[int, Field(ge=0)]
+Bits = Annotated[float, Field(ge=0.0)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Bounds = Annotated[list[float], Field(min_length=2, max_length=2)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class ModelFacts(_Part):
+    """Which weights were measured."""
+
+    name: str
+    parameters: Count
+    poe_mode: Literal["none", "flat", "hier", "residual_logop"]
+    stage_layers: Annotated[list[int], Field(min_length=1)]
+    weights_sha256: Sha256
+    """sha256 over names and bytes of the parameters, sorted by name."""
+
+
+class BitsPerByte(_Part):
+    """Bits per UTF-8 byte (special tokens stand for no byte)."""
+
+    full: Bits
+    """The path that was trained."""
+    stage: list[Bits]
+    prefix: list[Bits]
+    """Pool of the stages 0..k."""
+    plain: Bits
+    mean_stage: Bits
+    """Mean of ``stage``: the mean cross-entropy of the stages, which the pool is below (or equal)."""
+
+
+class Accuracy(_Part):
+    """Share of targets that are the top-1 token."""
+
+    full: Share
+    stage: list[Share]
+    plain: Share
+
+
+class Difference(_Part):
+    """A difference and its 95 % paired bootstrap interval over documents."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Intervals(_Part):
+    """95 % bootstrap intervals [low, high] over documents."""
+
+    full: Bounds
+    stage: list[Bounds]
+    plain: Bounds
+    prefix: list[Bounds] | None = None
+
+
+class Wand(_Part):
+    """Early exit at ``safety``, teacher-forced, cross-fitted over halves of the documents."""
+
+    safety: Annotated[float, Field(ge=0.0)]
+    positions: Count
+    exit_fraction: list[Share]
+    agreement: Share
+
+
+class Speculative(_Part):
+    """Greedy self-speculative decoding; acceptance is null where nothing was proposed."""
+
+    acceptance: Share | None
+    proposed: Count
+    accepted: Count
+    rounds: Count
+    draft_stage: Count
+    draft_length: Annotated[int, Field(ge=1)]
+    prompts: Count
+    low: Share | None = None
+    high: Share | None = None
+    new_tokens: Count | None = None
+
+
+class Routing(_Part):
+    """Share of positions that stage 0 may answer alone, by its margin, at a capped rate of regressions."""
+
+    cap: Share
+    """Regressions (full pool right, stage 0 wrong) allowed per routed position."""
+    fraction: Share
+    regression_rate: Share
+    threshold: float | None
+    """Smallest routed stage-0 margin (nats); null if nothing is routed."""
+    stage0_cost: Share
+    """Cost of a position that stage 0 answers, relative to the full model."""
+    projected_speedup: Annotated[float, Field(ge=1.0)]
+    """``1 / (1 - (1 - stage0_cost) * fraction)``: projected, not measured."""
+    positions: Count
+
+
+class Baseline(_Part):
+    """What a general compressor reaches on the same text."""
+
+    xz_bpb: Bits
+    xz_primed_bpb: Bits | None
+
+
+class Validation(_Part):
+    """The text that everything was measured on, and how."""
+
+    documents: Count
+    bytes: Count
+    tokens: Count
+    sha256: Sha256
+    window: Annotated[int, Field(ge=1)]
+    stride: int | None = None
+    unit: Literal["document", "piece"] = "document"
+    """What the bootstrap resamples; pieces, where the slice has too few documents."""
+    sampled: bool = False
+    """Whether the slice is a sample of the validation split (``val_max_bytes``), not all of it."""
+
+
+class Probe(_Part):
+    """One greedy continuation."""
+
+    prompt: str
+    continuation: str
+    expected: str
+    correct: bool
+
+
+class Delta(_Part):
+    """Change of the full BPB since the previous record on the same slice."""
+
+    previous_step: Count
+    full: float
+    low: float
+    high: float
+    signal: bool
+    """True if the interval excludes zero."""
+
+
+class AnalysisRecord(_Part):
+    """All measured figures of one checkpoint."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    step: Count
+    tokens_seen: Count
+    model: ModelFacts
+    path: Literal["pool", "plain"]
+    """Which path was trained, and which "full" means."""
+    bpb: BitsPerByte
+    accuracy: Accuracy
+    crossover_gap: Difference
+    """Full minus deepest stage, BPB: positive where the pool is worse than its deepest member."""
+    intervals: Intervals
+    accuracy_intervals: Intervals | None = None
+    wand_bounds: list[Annotated[float, Field(ge=0.0)]]
+    wand: Wand
+    speculative: Speculative
+    routing: Routing | None = None
+    baseline: Baseline | None
+    validation: Validation
+    probes: list[Probe]
+    delta: Delta | None
+    seconds: Annotated[float, Field(ge=0.0)]
+    versions: dict[str, str]
+    _documents: DocumentSums | None = PrivateAttr(default=None)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> AnalysisRecord:
+        stages = len(self.model.stage_layers) if self.path == "pool" else 1
+        lengths = {
+            "bpb.stage": (self.bpb.stage, stages),
+            "bpb.prefix": (self.bpb.prefix, stages),
+            "accuracy.stage": (self.accuracy.stage, stages),
+            "intervals.stage": (self.intervals.stage, stages),
+            "wand_bounds": (self.wand_bounds, stages - 1),
+            "wand.exit_fraction": (self.wand.exit_fraction, stages),
+        }
+        for name, (values, length) in lengths.items():
+            if len(values) != length:
+                raise ValueError(f"{name} has {len(values)} entries, the path has {length}")
+        _require((self.path == "plain") == (self.model.poe_mode == "none"), "path and poe_mode disagree")
+        _require(math.isclose(sum(self.wand.exit_fraction), 1.0, abs_tol=1e-6), "wand.exit_fraction does not sum to 1")
+        gap = self.bpb.full - self.bpb.stage[-1]
+        _require(math.isclose(self.crossover_gap.value, gap, abs_tol=1e-9), "crossover_gap is not full - deepest stage")
+        _require(self.speculative.accepted <= self.speculative.proposed, "more drafts accepted than proposed")
+        for low, high in [self.intervals.full, *self.intervals.stage, self.intervals.plain]:
+            _require(low <= high, "an interval has low above high")
+        return self
+
+    @property
+    def documents(self) -> DocumentSums | None:
+        """Per-document sums, if they were stored beside the record."""
+        return self._documents
+
+    def write(self, folder: Path) -> Path:
+        """Write ``step-N.json`` (and ``step-N.documents.npz``) into ``folder``; returns the path of the JSON."""
+        path = record_path(folder, self.step)
+        if self._documents is not None:  # first, so that a record never lacks the sums it was made with
+            write_bytes(_documents_path(path), _pack(self._documents))
+        write_json(path, self.model_dump(mode="json"))
+        return path
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def record_path(folder: Path, step: int) -> Path:
+    """Where the record of ``step`` lies."""
+    return Path(folder) / f"step-{step}.json"
+
+
+def _documents_path(path: Path) -> Path:
+    return path.with_suffix(".documents.npz")
+
+
+def read_record(path: Path) -> AnalysisRecord:
+    """Read and check a record. Raises UserError naming the file and the first fault."""
+    path = Path(path)
+    try:
+        with disk_errors(path):
+            data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise UserError(f"analysis record not found: {path}; make it with `cognica-poe analyze`") from error
+    try:
+        record = AnalysisRecord.model_validate_json(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the record"
+        message = f"analysis record {path} is not valid: {where}: {first['msg']}; make it again with `analyze`"
+        raise UserError(" ".join(message.split())) from error
+    sums = _documents_path(path)
+    if sums.is_file():
+        record._documents = _unpack(sums)
+    return record
+
+
+def load_records(folder: Path) -> list[AnalysisRecord]:
+    """All records of a run's ``analysis`` folder, by step; an absent folder has none."""
+    paths = Path(folder).glob("step-*.json")
+    return sorted((read_record(path) for path in paths), key=lambda record: record.step)
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema (2020-12) of a record."""
+    schema = AnalysisRecord.model_json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def write_schema(path: Path) -> None:
+    """Write the JSON Schema."""
+    write_json(path, json_schema())
+
+
+def _pack(sums: DocumentSums) -> bytes:
+    arrays = {"bytes": sums.bytes, "targets": sums.targets}
+    for kind, values in (("nats", sums.nats), ("correct", sums.correct)):
+        arrays |= {f"{kind}.{name}": array for name, array in values.items()}
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    return buffer.getvalue()
+
+
+def _unpack(path: Path) -> DocumentSums:
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in stored.files}
+        sums = DocumentSums(arrays.pop("bytes"), arrays.pop("targets"), {}, {})
+        for name, array in arrays.items():
+            kind, _, column = name.partition(".")
+            {"nats": sums.nats, "correct": sums.correct}[kind][column] = array
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is damaged: delete it or make the record again with `analyze`") from error
+    return sums
