@@ -11,15 +11,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cognica_poe.errors import UserError
+from cognica_poe.release import card_tables as tables
+from cognica_poe.release.card_tables import Record, is_pool, stage_count
 from cognica_poe.release.text import (
     MISSING,
     count,
-    interval,
     markdown_table,
     markdown_text,
-    number,
     percent,
-    signed,
     visible,
 )
 
@@ -32,8 +31,6 @@ _CITATION = """```bibtex
   publisher = {Zenodo},
 }
 ```"""
-
-Record = Mapping[str, Any]
 
 
 def render_card(records: Sequence[Record], release: Mapping[str, Any]) -> str:
@@ -56,31 +53,17 @@ def render_card(records: Sequence[Record], release: Mapping[str, Any]) -> str:
         _introduction(latest, release),
         _how_to_load(records, release),
         _architecture(latest, release),
-        _measurements(latest),
-        _trajectory(records, release),
-        _bounds(records),
-        _speculation(records),
-        _baselines(latest),
-        _probes(latest),
+        tables.measurements(latest),
+        tables.trajectory(records, release),
+        tables.bounds(records),
+        tables.speculation(records),
+        tables.routing(records),
+        tables.baselines(latest),
+        tables.probes(latest),
         _data(latest, release),
         _closing(latest),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
-
-
-def stage_count(record: Record) -> int:
-    """K, from the record's own stage figures."""
-    return len(record["bpb"]["stage"])
-
-
-def is_pool(record: Record) -> bool:
-    """Whether the pooled stage heads are the trained path (False: the plain backprop path)."""
-    return record.get("path", "pool") == "pool"
-
-
-def trained_path(record: Record) -> str:
-    """Key in ``bpb`` of the path the model was trained on."""
-    return "full" if is_pool(record) else "plain"
 
 
 def _front_matter(record: Record, release: Mapping[str, Any]) -> str:
@@ -176,136 +159,6 @@ def _architecture(record: Record, release: Mapping[str, Any]) -> str:
     if not config:
         rows.append(("stage layers", markdown_text(record["model"].get("stage_layers"))))
     return "## Architecture\n\n" + markdown_table(("field", "value"), rows)
-
-
-def bpb_rows(record: Record) -> list[tuple[str, Any, Any, Any]]:
-    """``(path, bits per byte, interval, accuracy)`` of every path of one record, the pool first."""
-    bpb, accuracy, intervals = record["bpb"], record.get("accuracy") or {}, record.get("intervals") or {}
-    stage_intervals = intervals.get("stage") or []
-    stage_accuracy = accuracy.get("stage") or []
-    rows = [("full pool", bpb["full"], intervals.get("full"), accuracy.get("full"))]
-    for stage, value in enumerate(bpb["stage"]):
-        at = (items[stage] if stage < len(items) else None for items in (stage_intervals, stage_accuracy))
-        rows.append((f"stage {stage} alone", value, *at))
-    for index, value in enumerate(bpb.get("prefix") or []):
-        if 0 < index < len(bpb["stage"]) - 1:  # the first prefix is stage 0 alone, the last the full pool
-            rows.append((f"first {index + 1} stages", value, None, None))
-    rows.append(("plain path", bpb.get("plain"), intervals.get("plain"), accuracy.get("plain")))
-    return rows
-
-
-def _measurements(record: Record) -> str:
-    rows = [
-        (f"**{path}**" if (path == "plain path") != is_pool(record) and path in ("full pool", "plain path") else path,
-         number(bpb), interval(bounds), percent(accuracy, 2))
-        for path, bpb, bounds, accuracy in bpb_rows(record)
-    ]  # fmt: skip
-    gap = record.get("crossover_gap") or {}
-    lines = [
-        f"## Measurements at step {count(record['step'])}",
-        "",
-        markdown_table(("path", "bits per byte", "95 % interval", "next-token accuracy"), rows),
-        "",
-        f"The trained path is in bold. Crossover gap (full pool minus deepest stage): {signed(gap.get('value'), 6)} "
-        f"[{signed(gap.get('low'), 6)}, {signed(gap.get('high'), 6)}] bits per byte, paired over documents.",
-    ]
-    wand = record.get("wand") or {}
-    if wand.get("exit_fraction"):
-        exits = ", ".join(f"stage {stage} {percent(part)}" for stage, part in enumerate(wand["exit_fraction"]))
-        lines += [
-            "",
-            f"WAND early exit at safety {number(wand.get('safety'), 2)} over {count(wand.get('positions'))} positions: "
-            f"{exits}; the exited token equals the full pool's at {percent(wand.get('agreement'), 2)} of them.",
-        ]
-    return "\n".join(lines)
-
-
-def _trajectory(records: Sequence[Record], release: Mapping[str, Any]) -> str:
-    revisions = release.get("revisions") or {}
-    stages = stage_count(records[-1])
-    header = ["step", "tokens", "bits per byte", "95 % interval", "change", *(f"stage {k}" for k in range(stages))]
-    header += ["accuracy"] + (["commit"] if revisions else [])
-    rows = []
-    for record in records:
-        key, bpb = trained_path(record), record["bpb"]
-        row = [count(record["step"]), count(record.get("tokens_seen")), number(bpb[key])]
-        row += [interval((record.get("intervals") or {}).get(key)), _change(record)]
-        row += [number(value) for value in bpb["stage"]]
-        row += [percent((record.get("accuracy") or {}).get(key), 2)]
-        rows.append(row + ([f"`{revisions[record['step']][:12]}`" if record["step"] in revisions else MISSING]
-                           if revisions else []))  # fmt: skip
-    note = "A change is a signal when its paired 95 % interval excludes zero, else noise. Stages are bits per byte."
-    return f"## Trajectory\n\n{markdown_table(header, rows, 'r' * len(header))}\n\n{note}"
-
-
-def _change(record: Record) -> str:
-    delta = record.get("delta")
-    if not delta:
-        return MISSING
-    return f"{signed(delta.get('full'))} ({'signal' if delta.get('signal') else 'noise'})"
-
-
-def _bounds(records: Sequence[Record]) -> str:
-    if not records[-1].get("wand_bounds"):
-        return ""
-    width = len(records[-1]["wand_bounds"])
-    header = ["step", *(f"stage {k} to {k + 1}" for k in range(width)), "exit at stage 0", "agreement"]
-    rows = []
-    for record in records:
-        wand, bounds = record.get("wand") or {}, record.get("wand_bounds") or [None] * width
-        exits = wand.get("exit_fraction") or [None]
-        row = [count(record["step"]), *(number(bound) for bound in bounds), percent(exits[0])]
-        rows.append([*row, percent(wand.get("agreement"), 2)])
-    text = (
-        "99th percentile of how far one more stage can move the pooled log-probabilities, measured at this step and "
-        "stored in its `config.json` (`poe_wand_p99_bounds_per_stage_head`), in nats."
-    )
-    return f"## WAND bounds\n\n{text}\n\n{markdown_table(header, rows, 'r' * len(header))}"
-
-
-def _speculation(records: Sequence[Record]) -> str:
-    measured = [record for record in records if record.get("speculative")]
-    if not measured:
-        return ""
-    header = ("step", "acceptance", "accepted", "proposed", "rounds", "draft stage", "draft length", "prompts")
-    rows = []
-    for record in measured:
-        it = record["speculative"]
-        row = [count(record["step"]), percent(it.get("acceptance"), 2)]
-        keys = ("accepted", "proposed", "rounds", "draft_stage", "draft_length", "prompts")
-        rows.append(row + [count(it.get(key)) for key in keys])
-    text = "Acceptance is accepted over proposed draft tokens. Greedy output equals that of `generate`."
-    return f"## Self-speculative decoding\n\n{text}\n\n{markdown_table(header, rows, 'r' * len(header))}"
-
-
-def _baselines(record: Record) -> str:
-    baseline = record.get("baseline") or {}
-    if not baseline:
-        return ""
-    rows = [
-        ("this model", number(record["bpb"][trained_path(record)])),
-        ("xz, primed with training text", number(baseline.get("xz_primed_bpb"))),
-        ("xz", number(baseline.get("xz_bpb"))),
-    ]
-    text = "The same validation text under a general-purpose compressor."
-    return f"## Baselines\n\n{text}\n\n{markdown_table(('compressor', 'bits per byte'), rows)}"
-
-
-def _probes(record: Record) -> str:
-    probes = record.get("probes") or []
-    if not probes:
-        return ""
-    rows = [
-        (
-            markdown_text(probe.get("prompt", "")),
-            markdown_text(probe.get("continuation", "")),
-            markdown_text(probe.get("expected", "")),
-            "yes" if probe.get("correct") else "no",
-        )
-        for probe in probes
-    ]
-    text = "Greedy continuations, as the model wrote them; markup and control characters are escaped."
-    return f"## Probes\n\n{text}\n\n{markdown_table(('prompt', 'continuation', 'expected', 'correct'), rows, 'llll')}"
 
 
 def _data(record: Record, release: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cognica_poe.release import figures as fig
-from cognica_poe.release.card import stage_count, trained_path
+from cognica_poe.release.card_tables import is_pool, stage_count, trained_path
 from cognica_poe.release.run_folder import RunFolder
 
 _LOSS_BY_STAGE = ("loss_stages", "stage_losses", "stage_loss", "losses")
@@ -63,11 +63,11 @@ def comparison_plots(runs: Sequence[RunFolder]) -> list[Plot]:
 
 
 def _trained_bpb(run: RunFolder) -> tuple[list[float], list[float]]:
-    return series(run.records, "bpb", trained_path(run.latest))
+    return series(run.records, "bpb", "full")
 
 
 def _trained_accuracy(run: RunFolder) -> tuple[list[float], list[float]]:
-    xs, ys = series(run.records, "accuracy", trained_path(run.latest))
+    xs, ys = series(run.records, "accuracy", "full")
     return xs, [100 * y for y in ys]
 
 
@@ -97,6 +97,11 @@ def _compare(runs, name, title, unit, take, logarithmic) -> Plot:
 
 def _colour(stage: int) -> str:
     return fig.STAGE_COLOURS[stage % len(fig.STAGE_COLOURS)]
+
+
+def _stages(run: RunFolder) -> range:
+    """The stages to draw: none where one path is all there is."""
+    return range(stage_count(run.latest)) if is_pool(run.latest) else range(0)
 
 
 def _from_zero(axes: Any, values: Sequence[float]) -> None:
@@ -130,18 +135,17 @@ def _loss(run: RunFolder, name: str) -> Plot | None:
 
 
 def _bpb(run: RunFolder, name: str) -> Plot:
-    trained = trained_path(run.latest)
-    full, plain = series(run.records, "bpb", "full"), series(run.records, "bpb", "plain")
-    stages = [series(run.records, "bpb", "stage", k) for k in range(stage_count(run.latest))]
+    full = series(run.records, "bpb", "full")
+    stages = [series(run.records, "bpb", "stage", k) for k in _stages(run)]
+    plain = series(run.records, "bpb", "plain") if stages else ([], [])
     baseline = run.latest.get("baseline") or {}
 
     def draw(axes):
         fig.draw_lines(axes, [(f"stage {k}", *xy, {"color": _colour(k)}) for k, xy in enumerate(stages)])
         style = {"color": fig.INK, "linewidth": 2.0, "markersize": 4}
-        fig.draw_lines(axes, [("full pool", *full, style if trained == "full" else {"color": fig.INK})])
-        style = {"color": fig.PLAIN, "linewidth": 1.4 if trained == "full" else 2.0}
-        fig.draw_lines(axes, [("plain path", *plain, style)])
-        _interval(axes, run.records, ("intervals", trained), fig.INK)
+        fig.draw_lines(axes, [(trained_path(run.latest), *full, style)])
+        fig.draw_lines(axes, [("plain path", *plain, {"color": fig.PLAIN})] if plain[0] else [])
+        _interval(axes, run.records, ("intervals", "full"), fig.INK)
         fig.horizontal(axes, baseline.get("xz_bpb"), "xz", ":")
         fig.horizontal(axes, baseline.get("xz_primed_bpb"), "primed xz", "--")
         values = [y for _, ys in (full, plain, *stages) for y in ys]
@@ -193,10 +197,12 @@ def _accuracy(run: RunFolder, name: str) -> Plot | None:
     if not series(run.records, "accuracy", "full")[0]:
         return None
     lines = []
-    for k in range(stage_count(run.latest)):
+    for k in _stages(run):
         lines.append((f"stage {k}", *series(run.records, "accuracy", "stage", k), {"color": _colour(k)}))
-    lines.append(("full pool", *series(run.records, "accuracy", "full"), {"color": fig.INK, "linewidth": 2.0}))
-    lines.append(("plain path", *series(run.records, "accuracy", "plain"), {"color": fig.PLAIN}))
+    style = {"color": fig.INK, "linewidth": 2.0}
+    lines.append((trained_path(run.latest), *series(run.records, "accuracy", "full"), style))
+    if lines[1:]:
+        lines.append(("plain path", *series(run.records, "accuracy", "plain"), {"color": fig.PLAIN}))
     lines = [(label, xs, [100 * y for y in ys], style) for label, xs, ys, style in lines]
 
     def draw(axes):
@@ -248,7 +254,7 @@ def _bounds(run: RunFolder, name: str) -> Plot | None:
 
 def _exits(run: RunFolder, name: str) -> Plot | None:
     rows = [record for record in run.records if dig(record, "wand", "exit_fraction")]
-    if not rows:
+    if not rows or stage_count(run.latest) < 2:
         return None
 
     def draw(axes):
@@ -271,11 +277,14 @@ def _exits(run: RunFolder, name: str) -> Plot | None:
 
 def _acceptance(run: RunFolder, name: str) -> Plot | None:
     xs, ys = series(run.records, "speculative", "acceptance")
-    if not xs:
+    if not xs or not is_pool(run.latest):
         return None
 
     def draw(axes):
         fig.draw_lines(axes, [("acceptance", xs, [100 * y for y in ys], {"color": _colour(0)})])
+        lows, highs = (series(run.records, "speculative", side) for side in ("low", "high"))
+        if xs == lows[0] == highs[0]:
+            fig.band(axes, xs, [100 * y for y in lows[1]], [100 * y for y in highs[1]], _colour(0))
         axes.set_ylim(0, 103)
         fig.step_axis(axes)
 

@@ -13,7 +13,7 @@ from typing import Any
 from cognica_poe.errors import UserError
 from cognica_poe.files import write_bytes
 from cognica_poe.release import page
-from cognica_poe.release.card import bpb_rows, is_pool, stage_count, trained_path
+from cognica_poe.release.card_tables import bpb_rows, is_pool, stage_count, trained_path
 from cognica_poe.release.plots import comparison_plots, dig, run_plots
 from cognica_poe.release.run_folder import RunFolder, read_run
 from cognica_poe.release.text import MISSING, count, html_text, interval, number, percent, signed
@@ -56,14 +56,17 @@ def _subtitle(runs: Sequence[RunFolder]) -> str:
 
 def _tiles(run: RunFolder, named: bool) -> str:
     record = run.latest
-    key = trained_path(record)
-    path = "full pool" if key == "full" else "plain path"
+    bounds = interval(dig(record, "intervals", "full"), 3)
     tiles = [
-        ("bits per byte", number(record["bpb"][key], 3), f"{path}, 95 % {interval(dig(record, 'intervals', key), 3)}"),
+        ("bits per byte", number(record["bpb"]["full"], 3), f"{trained_path(record)}, 95 % {bounds}"),
         ("primed xz", number(dig(record, "baseline", "xz_primed_bpb"), 3), "bits per byte of the same text"),
-        ("accuracy", percent(dig(record, "accuracy", key)), "next token, top-1"),
+        ("accuracy", percent(dig(record, "accuracy", "full")), "next token, top-1"),
         ("step", count(record["step"]), f"{count(record.get('tokens_seen'))} tokens seen"),
-        ("parameters", count(dig(record, "model", "parameters")), f"{stage_count(record)} stages"),
+        (
+            "parameters",
+            count(dig(record, "model", "parameters")),
+            f"{stage_count(record)} stages" if is_pool(record) else "trained end to end",
+        ),
     ]
     if is_pool(record):
         tiles.append(
@@ -76,11 +79,10 @@ def _comparison_table(runs: Sequence[RunFolder]) -> str:
     rows = []
     for run in runs:
         record = run.latest
-        key = trained_path(record)
         rows.append(
-            [html_text(run.name), html_text("pool" if key == "full" else "plain"), count(record["step"]),
-             count(record.get("tokens_seen")), count(dig(record, "model", "parameters")), number(record["bpb"][key]),
-             interval(dig(record, "intervals", key)), percent(dig(record, "accuracy", key), 2)]
+            [html_text(run.name), trained_path(record), count(record["step"]),
+             count(record.get("tokens_seen")), count(dig(record, "model", "parameters")), number(record["bpb"]["full"]),
+             interval(dig(record, "intervals", "full")), percent(dig(record, "accuracy", "full"), 2)]
         )  # fmt: skip
     header = ("run", "path", "step", "tokens", "parameters", "bits per byte", "95 % interval", "accuracy")
     return page.table(header, rows, "At the last analysed step", text_columns=2)
@@ -114,9 +116,9 @@ def _paths_table(run: RunFolder) -> str:
 
 
 def _records_table(run: RunFolder) -> str:
-    key, stages = trained_path(run.latest), stage_count(run.latest)
-    header = ["step", "tokens", "bits per byte", "95 % interval", "change", *(f"stage {k}" for k in range(stages))]
-    header += ["plain" if key == "full" else "pool", "accuracy", "gap (milli)"]
+    pool, stages = is_pool(run.latest), stage_count(run.latest)
+    header = ["step", "tokens", "bits per byte", "95 % interval", "change", "accuracy"]
+    header += [*(f"stage {k}" for k in range(stages)), "plain", "gap (milli)"] if pool else []
     rows = []
     for record in run.records:
         bpb, delta = record["bpb"], record.get("delta") or {}
@@ -125,10 +127,12 @@ def _records_table(run: RunFolder) -> str:
             kind = "signal" if delta.get("signal") else "noise"
             change = f'{signed(delta.get("full"))} <span class="{kind}">{kind}</span>'
         gap = dig(record, "crossover_gap", "value")
-        row = [count(record["step"]), count(record.get("tokens_seen")), number(bpb.get(key))]
-        row += [interval(dig(record, "intervals", key)), change, *(number(value) for value in bpb["stage"])]
-        row += [number(bpb.get("plain" if key == "full" else "full")), percent(dig(record, "accuracy", key), 2)]
-        rows.append([*row, signed(gap * 1000 if isinstance(gap, (int, float)) else None, 2)])
+        row = [count(record["step"]), count(record.get("tokens_seen")), number(bpb["full"])]
+        row += [interval(dig(record, "intervals", "full")), change, percent(dig(record, "accuracy", "full"), 2)]
+        if pool:
+            row += [*(number(value) for value in bpb["stage"]), number(bpb.get("plain"))]
+            row.append(signed(gap * 1000 if isinstance(gap, (int, float)) else None, 2))
+        rows.append(row)
     return page.table(header, rows, "All records", text_columns=0)
 
 
@@ -137,14 +141,14 @@ def _early_exit_table(run: RunFolder) -> str:
     if not width:
         return ""
     header = ["step", *(f"bound {k} to {k + 1}" for k in range(width)), *(f"exit {k}" for k in range(width + 1))]
-    header += ["agreement", "acceptance", "accepted / proposed"]
+    header += ["agreement", "acceptance", "accepted / proposed", "routed"]
     rows = []
     for record in run.records:
         row = [count(record["step"]), *(number(dig(record, "wand_bounds", k)) for k in range(width))]
         row += [percent(dig(record, "wand", "exit_fraction", k)) for k in range(width + 1)]
         row += [percent(dig(record, "wand", "agreement"), 2), percent(dig(record, "speculative", "acceptance"), 2)]
         accepted, proposed = (dig(record, "speculative", key) for key in ("accepted", "proposed"))
-        rows.append([*row, f"{count(accepted)} / {count(proposed)}"])
+        rows.append([*row, f"{count(accepted)} / {count(proposed)}", percent(dig(record, "routing", "fraction"))])
     return page.table(header, rows, "Early exit and self-speculation", text_columns=0)
 
 

@@ -16,10 +16,12 @@ HOSTILE = "a | b `code` <script>alert(1)</script> [x](http://evil) \u202eabc\x1b
 def make_record(step: int, *, name: str = "tiny-poe", path: str = "pool", stages: int = STAGES) -> dict[str, Any]:
     """A record whose figures fall with ``step`` as those of a real run do."""
     full = 4.2 / (1 + step / 60) ** 0.35
-    stage = [full * (1.006 - 0.002 * k) for k in range(stages)]
-    exits = [0.0, *[0.1] * (stages - 2), 0.0]
-    exits[0] = min(0.7, step / 800)
-    exits[-1] = 1 - sum(exits)
+    stages = stages if path == "pool" else 1
+    stage = [full * (1.006 - 0.002 * k) for k in range(stages)] if stages > 1 else [full]
+    exits = [1.0]
+    if stages > 1:
+        exits = [min(0.7, step / 800), *[0.1] * (stages - 2)]
+        exits.append(1 - sum(exits))
     return {
         "schema_version": 1,
         "step": step,
@@ -28,7 +30,7 @@ def make_record(step: int, *, name: str = "tiny-poe", path: str = "pool", stages
             "name": name,
             "parameters": 4_123_456,
             "poe_mode": "flat" if path == "pool" else "none",
-            "stage_layers": [2] * stages,
+            "stage_layers": [8 // stages] * stages,
             "weights_sha256": f"{step:064x}",
         },
         "path": path,
@@ -49,13 +51,15 @@ def make_record(step: int, *, name: str = "tiny-poe", path: str = "pool", stages
         "wand_bounds": [3.2 + step / 1000, 1.5, 1.1][: stages - 1],
         "wand": {"safety": 1.0, "positions": 4096, "exit_fraction": exits, "agreement": 0.9987},
         "speculative": {
-            "acceptance": 0.8,
-            "proposed": 400,
-            "accepted": 320,
-            "rounds": 100,
+            "acceptance": 0.8 if stages > 1 else None,
+            "proposed": 400 if stages > 1 else 0,
+            "accepted": 320 if stages > 1 else 0,
+            "rounds": 100 if stages > 1 else 0,
             "draft_stage": 0,
             "draft_length": 4,
             "prompts": 7,
+            "low": 0.76,
+            "high": 0.84,
         },
         "baseline": {"xz_bpb": 2.4, "xz_primed_bpb": 1.9},
         "validation": {"documents": 210, "bytes": 1_000_000, "tokens": 250_000, "sha256": "ab" * 32, "window": 512},
@@ -68,6 +72,15 @@ def make_record(step: int, *, name: str = "tiny-poe", path: str = "pool", stages
         else None,
         "seconds": 12.5,
         "versions": {"torch": "2.13.0"},
+        "routing": {
+            "cap": 0.02,
+            "fraction": 0.61,
+            "regression_rate": 0.019,
+            "threshold": 1.25,
+            "stage0_cost": 0.51,
+            "projected_speedup": 1.43,
+            "positions": 4096,
+        },
     }
 
 

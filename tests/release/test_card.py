@@ -7,6 +7,7 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 
+from cognica_poe.analysis.record import AnalysisRecord
 from cognica_poe.errors import UserError
 from cognica_poe.release.card import render_card
 from cognica_poe.release.text import html_text, markdown_text, visible
@@ -23,6 +24,11 @@ def _tokens(text: str) -> list:
 def test_same_records_render_the_same_card():
     first = render_card(RECORDS, RELEASE)
     assert render_card(copy.deepcopy(RECORDS[::-1]), copy.deepcopy(RELEASE)) == first
+
+
+@pytest.mark.parametrize("path", ["pool", "plain"])
+def test_the_records_of_these_tests_are_valid_records(path):
+    AnalysisRecord.model_validate(make_record(100, path=path))
 
 
 def test_a_changed_figure_changes_the_card():
@@ -88,7 +94,7 @@ def test_hidden_characters_are_spelled_out_and_long_text_is_cut():
 def test_card_of_a_backprop_arm_names_its_path():
     card = render_card([make_record(300, path="plain")], RELEASE)
     assert "| **plain path** |" in card and "**full pool**" not in card
-    assert "generate_wand" not in card and "product-of-experts" not in card
+    assert "generate_wand" not in card and "product-of-experts" not in card and "stage 0" not in card
 
 
 def test_card_needs_records_and_one_per_step():

@@ -84,7 +84,7 @@ def test_every_plot_and_every_record_is_shown(report):
     text = report[2]
     page = _Page(text)
     plots = [a for tag, a in page.tags if tag == "svg"]
-    assert len(plots) == 3 + 10 + 10
+    assert len(plots) == 3 + 10 + 5
     assert all(a["aria-label"] and a["role"] == "img" for a in plots)
     for title in ("Training loss by stage", "Crossover gap", "WAND exit stage", "Speculative acceptance"):
         assert f"<h3>{title}</h3>" in text
