@@ -161,16 +161,21 @@ def _architecture(record: Record, release: Mapping[str, Any]) -> str:
     return "## Architecture\n\n" + markdown_table(("field", "value"), rows)
 
 
+_SOURCE_FIELDS = {  # of the data manifest, and whether the column is text
+    "name": True, "dataset": True, "revision": True, "languages": True, "licence": True, "documents": False,
+    "bytes": False, "share_wanted": False, "share_reached": False,
+}  # fmt: skip
+
+
 def _data(record: Record, release: Mapping[str, Any]) -> str:
     validation = record.get("validation") or {}
     lines = ["## Data"]
     sources = [item for item in (release.get("data") or {}).get("sources") or [] if isinstance(item, Mapping)]
     if sources:
-        columns = [key for key in ("name", "documents", "bytes", "share", "license", "licence")
-                   if any(item.get(key) is not None for item in sources)]  # fmt: skip
+        columns = [key for key in _SOURCE_FIELDS if any(item.get(key) is not None for item in sources)]
         rows = [[_cell(key, item.get(key)) for key in columns] for item in sources]
-        align = "".join("r" if key in ("documents", "bytes", "share") else "l" for key in columns)
-        lines += ["", markdown_table(columns, rows, align)]
+        align = "".join("l" if _SOURCE_FIELDS[key] else "r" for key in columns)
+        lines += ["", markdown_table([key.replace("_", " ") for key in columns], rows, align)]
     if validation:
         lines += [
             "",
@@ -182,8 +187,10 @@ def _data(record: Record, release: Mapping[str, Any]) -> str:
 
 
 def _cell(key: str, value: Any) -> str:
-    if key == "share":
+    if key.startswith("share"):
         return percent(value)
+    if isinstance(value, list):
+        value = ", ".join(map(str, value))
     return count(value) if isinstance(value, (int, float)) else markdown_text(MISSING if value is None else value)
 
 

@@ -90,7 +90,18 @@ RELEASE = {
     "license": "apache-2.0",
     "languages": ["en"],
     "config": {"num_hidden_layers": 8, "hidden_size": 256, "poe_stage_layers": [2, 2, 2, 2], "window_pattern": "SSSL"},
-    "data": {"sources": [{"name": "docs|x", "documents": 10, "bytes": 1000, "share": 0.25, "license": "PSF"}]},
+    "data": {
+        "sources": [
+            {
+                "name": "docs|x",
+                "languages": ["en"],
+                "licence": "PSF",
+                "documents": 10,
+                "bytes": 900,
+                "share_reached": 0.25,
+            }
+        ]
+    },
 }
 
 

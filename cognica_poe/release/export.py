@@ -1,0 +1,240 @@
+"""A release folder: everything of one step that a stranger needs, checked before it gets its name.
+
+``model.safetensors``, ``config.json`` (with this step's WAND bounds and the auto_map), ``generation_config.json``, the
+tokenizer, the model code (the same bytes in every revision), ``analysis.json``, ``release.json``, ``README.md`` (the
+card, rendered from the two), ``LICENSE`` and ``MANIFEST.sha256``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cognica_poe.errors import UserError
+from cognica_poe.files import (
+    MANIFEST,
+    atomic_folder,
+    read_json,
+    require_space,
+    sha256_file,
+    verify_manifest,
+    write_bytes,
+    write_json,
+)
+from cognica_poe.release.card import render_card
+
+WEIGHTS = "model.safetensors"
+CODE = "_cognica_poe.py"
+"""How the names of the model code files end."""
+REQUIRED = (
+    WEIGHTS, "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "analysis.json",
+    "release.json", "README.md", "LICENSE", "modeling_cognica_poe.py", "configuration_cognica_poe.py",
+)  # fmt: skip
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+_PROBE = 24  # tokens of the reload check
+
+
+@dataclass(frozen=True)
+class Release:
+    """A release folder that passed ``check_release``."""
+
+    path: Path
+    step: int
+    weights_sha256: str
+    """Of the file ``model.safetensors``."""
+    config: dict[str, Any]
+    record: dict[str, Any]
+    """The analysis record of this step."""
+    about: dict[str, Any]
+    """``release.json``: name, step, repo_id, license and what else the card says beside the record."""
+
+
+def export_release(
+    model: Any,
+    tokenizer_dir: Path,
+    out: Path,
+    *,
+    record: Mapping[str, Any],
+    wand_bounds: Sequence[float],
+    name: str,
+    step: int,
+    repo_id: str | None = None,
+    about: Mapping[str, Any] | None = None,
+    dtype: str = "float32",
+    log: Callable[[str], None] = lambda line: None,
+) -> Path:
+    """Write the release folder ``out`` of ``model`` at ``step``, or nothing at all; returns ``out``.
+
+    ``record``: the step's analysis record (JSON layout). ``wand_bounds`` [K-1], nats, go into the config. ``about``:
+    what the card says beside the record (``license``, ``languages``, ``description``, ``data``). ``dtype``: of the
+    stored weights. The model is left as it was. Raises UserError when record, bounds, tokenizer and weights do not
+    belong together, or the written folder does not give back the same weights and logits.
+    """
+    out, data = Path(out), _plain(record)
+    stored = _DTYPES.get(dtype)
+    if stored is None:
+        raise UserError(f"dtype {dtype!r} is not one of {', '.join(_DTYPES)}")
+    _check_record(model, data, step, list(wand_bounds))
+    size = sum(tensor.numel() for tensor in model.state_dict().values()) * stored.itemsize
+    require_space(out, int(1.05 * size) + 16_000_000)
+    bos_id = _check_tokenizer(Path(tokenizer_dir), model.config.vocab_size)
+    described = {"name": name, "step": step, "repo_id": repo_id or name, **dict(about or {})}
+    with atomic_folder(out) as folder:
+        with _as_released(model, list(wand_bounds), bos_id, stored) as state:
+            model.save_pretrained(folder, state_dict=dict(state), max_shard_size=2 * size + 1_000_000)
+            config = read_json(folder / "config.json", "model configuration")
+            write_json(folder / "config.json", {**config, "dtype": dtype})
+            _compare(model, state, folder, stored)
+        _write_tokenizer(Path(tokenizer_dir), folder, model.config.max_position_embeddings)
+        write_json(folder / "analysis.json", data)
+        write_json(folder / "release.json", _plain(described))
+        write_bytes(folder / "README.md", card_of(folder).encode())
+        write_bytes(folder / "LICENSE", _license().encode())
+    check_release(out)
+    log(f"release: step {step} written to {out} ({size / 1e6:.1f} MB of weights, {dtype})")
+    return out
+
+
+def card_of(folder: Path) -> str:
+    """The card of a release folder, rendered from its ``analysis.json``, ``release.json`` and ``config.json``."""
+    about = read_json(folder / "release.json", "release description")
+    config = read_json(folder / "config.json", "model configuration")
+    return render_card([read_json(folder / "analysis.json", "analysis record")], {**about, "config": config})
+
+
+def check_release(path: Path) -> Release:
+    """Check a release folder: complete, unaltered, readable, of one step. Raises UserError naming the first fault."""
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"release folder not found: {path}; make it with `cognica-poe export`")
+    verify_manifest(path)
+    for name in REQUIRED:
+        if not (path / name).is_file():
+            raise UserError(f"{path} has no {name}: it is no complete release; export it again")
+    listed = {line.partition("  ")[2] for line in (path / MANIFEST).read_text().splitlines()}
+    present = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
+    extra = sorted(present - listed - {MANIFEST})
+    if extra:
+        raise UserError(f"{path / extra[0]} is not in {MANIFEST}: a release holds nothing else; remove it")
+    _check_weights(path / WEIGHTS)
+    record = read_json(path / "analysis.json", "analysis record")
+    about = read_json(path / "release.json", "release description")
+    config = read_json(path / "config.json", "model configuration")
+    if record.get("step") != about.get("step"):
+        raise UserError(f"{path}: the record is of step {record.get('step')}, the release of step {about.get('step')}")
+    return Release(path, about["step"], sha256_file(path / WEIGHTS), config, record, about)
+
+
+def load_release(path: Path, dtype: torch.dtype | str = "auto") -> tuple[Any, Any]:
+    """``(model in evaluation mode, tokenizer)`` of a release folder, after ``check_release``; runs no code from it."""
+    from transformers import AutoTokenizer
+
+    from cognica_poe.modeling.modeling_cognica_poe import CognicaPoEForCausalLM
+
+    check_release(path)
+    model = CognicaPoEForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True).eval()
+    return model, AutoTokenizer.from_pretrained(path, local_files_only=True)
+
+
+def _plain(value: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON copy; also takes a pydantic record."""
+    value = value.model_dump(mode="json") if hasattr(value, "model_dump") else dict(value)
+    return json.loads(json.dumps(value, allow_nan=False))
+
+
+def _check_record(model: Any, record: Mapping[str, Any], step: int, bounds: list[float]) -> None:
+    from cognica_poe.analysis.measure import weights_sha256
+
+    if record.get("step") != step:
+        raise UserError(f"the analysis record is of step {record.get('step')}, not {step}: analyze this step first")
+    if record["model"].get("weights_sha256") != weights_sha256(model):
+        raise UserError(f"the analysis record of step {step} was measured on other weights: run analyze on it again")
+    transitions = model.config.num_stages - 1
+    if len(bounds) != transitions:
+        raise UserError(f"{len(bounds)} WAND bounds for {transitions} transitions between stages: calibrate again")
+
+
+def _check_tokenizer(folder: Path, vocab_size: int) -> int:
+    from cognica_poe.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(f"tokenizer {folder} has {tokenizer.vocab_size} ids, the model {vocab_size}: not its tokenizer")
+    return tokenizer.bos_id
+
+
+def _write_tokenizer(source: Path, folder: Path, model_max_length: int) -> None:
+    from cognica_poe.data.tokenizer import export_tokenizer
+
+    export_tokenizer(source, folder / "tokenizer", model_max_length)
+    for file in sorted((folder / "tokenizer").iterdir()):
+        file.rename(folder / file.name)
+    (folder / "tokenizer").rmdir()
+
+
+@contextlib.contextmanager
+def _as_released(model: Any, bounds: list[float], bos_id: int, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    """Yield the state dict to store; meanwhile the model carries the released configuration, then its own again."""
+    before = model.config, model.generation_config
+    config = copy.deepcopy(model.config)
+    generation = copy.deepcopy(model.generation_config)
+    config.poe_wand_p99_bounds_per_stage_head = [float(bound) for bound in bounds]
+    for part in (config, generation):  # BOS starts every document, so it ends generation and serves as padding
+        part.bos_token_id = part.eos_token_id = part.pad_token_id = bos_id
+    type(config).register_for_auto_class()
+    type(model).register_for_auto_class("AutoModelForCausalLM")
+    state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
+    try:
+        model.config, model.generation_config = config, generation
+        yield state
+    finally:
+        model.config, model.generation_config = before
+
+
+def _compare(model: Any, state: Mapping[str, torch.Tensor], folder: Path, dtype: torch.dtype) -> None:
+    """Read the folder back: weights equal to the bit, and logits equal where the dtype is the model's own."""
+    again = type(model).from_pretrained(folder, dtype=dtype, local_files_only=True).to(model.device).eval()
+    loaded = again.state_dict()
+    wrong = [name for name in state if name not in loaded or not torch.equal(loaded[name].cpu(), state[name])]
+    if wrong or len(loaded) != len(state):
+        raise UserError(f"{folder.name}: {wrong[:1] or 'a parameter'} differs after reloading; the disk may be failing")
+    ids = torch.arange(1, _PROBE + 1, device=model.device)[None] * 7919 % model.config.vocab_size
+    training = model.training
+    with torch.no_grad():
+        model.eval()
+        logits, expected = again(input_ids=ids).logits, model(input_ids=ids).logits
+        model.train(training)
+    if not torch.isfinite(logits).all():
+        raise UserError(f"the model gives logits that are not finite in {dtype}: do not release this step")
+    if dtype == model.dtype and not torch.equal(logits, expected):
+        raise UserError("the reloaded release gives other logits than the model it was made from")
+
+
+def _check_weights(file: Path) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as stored:
+            names = list(stored.keys())
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{file} is no readable safetensors file ({error}); export it again") from error
+    if not names:
+        raise UserError(f"{file} holds no tensor; export it again")
+
+
+def _license() -> str:
+    """The Apache-2.0 text, from the source tree or the installed package."""
+    from importlib import metadata
+
+    installed = [Path(file.locate()) for file in metadata.files("cognica-poe") or [] if file.name == "LICENSE"]
+    for file in [Path(__file__).parents[2] / "LICENSE", *installed]:
+        if file.is_file() and file.stat().st_size:
+            return file.read_text(encoding="utf-8")
+    raise UserError("the package's LICENSE file is missing: install cognica-poe again")
