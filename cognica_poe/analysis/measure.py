@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -136,7 +137,7 @@ def analyze(
     val_max_bytes: int | None = None,
     batch_rows: int = 16,
     previous: AnalysisRecord | None = None,
-    baseline: Mapping[str, float] | None = None,
+    baseline: Mapping[str, Any] | None = None,
     seed: int = 0,
     safety: float = 1.0,
     prompts: int = 16,
@@ -154,7 +155,7 @@ def analyze(
         val_max_bytes: measure on a sample of this many bytes (see ``validation_slice``); ``None`` takes all.
         batch_rows: most windows per forward pass.
         previous: an earlier record with its document sums; gives ``delta`` if it was measured on the same slice.
-        baseline: ``xz_bpb`` and ``xz_primed_bpb``, or ``None``.
+        baseline: what ``xz_baseline`` returned for the texts of the same ``validation_slice``, or ``None``.
         seed: of the bootstrap.
         safety: of WAND.
         prompts, new_tokens, draft_length: for speculative acceptance; stage 0 drafts.
@@ -170,6 +171,8 @@ def analyze(
     started = time.perf_counter()
     part = validation_slice((document.text for document in read_documents(Path(data_dir), "val")), val_max_bytes)
     log(f"step {step}: measuring on {len(part.texts)} {part.unit}s, {part.bytes:,} bytes")
+    if baseline and baseline.get("val_bytes", part.bytes) != part.bytes:
+        log(f"the baseline stands for {baseline['val_bytes']:,} bytes, the model's figures for {part.bytes:,}")
     result = evaluate(model, tokenizer, part.texts, batch_rows=batch_rows, positions=CALIBRATION_TOKENS, log=log)
     if not all(np.isfinite(nats).all() for nats in result.sums.nats.values()):
         raise ValueError(f"step {step} has non-finite losses: its weights diverged")

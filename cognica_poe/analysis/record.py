@@ -126,6 +126,11 @@ class Baseline(_Part):
 
     xz_bpb: Bits
     xz_primed_bpb: Bits | None
+    """After the training text."""
+    val_bytes: Count | None = None
+    train_bytes: Count | None = None
+    train_truncated: bool | None = None
+    method: str | None = None
 
 
 class Validation(_Part):

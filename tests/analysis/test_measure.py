@@ -145,6 +145,18 @@ def test_weights_hash_sees_every_bit():
     assert weights_sha256(small_model().to(torch.bfloat16)) != before
 
 
+def test_baseline_of_xz_is_stored_and_a_mismatch_is_said(data_dir):
+    from cognica_poe.analysis.baseline import baseline_for
+
+    lines, baseline = [], baseline_for(data_dir)
+    record = analyze(small_model(), ByteTokenizer(), data_dir, baseline=baseline, log=lines.append, **OPTIONS)
+    assert record.baseline.model_dump() == baseline and baseline["val_bytes"] == record.validation.bytes
+    assert not any("stands for" in line for line in lines)
+    options = {"baseline": baseline, "val_max_bytes": 300, "log": lines.append, **OPTIONS}
+    assert analyze(small_model(), ByteTokenizer(), data_dir, **options).validation.bytes <= 300
+    assert any("stands for" in line for line in lines)
+
+
 def test_figures_are_json(data_dir):
     record = analyze(small_model(), ByteTokenizer(), data_dir, **OPTIONS)
     assert json.loads(record.model_dump_json()) == record.model_dump(mode="json")
