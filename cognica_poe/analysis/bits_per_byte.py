@@ -324,9 +324,9 @@ class _Collector:
     def __init__(self, documents: list[NDArray], byte_counts: NDArray[np.int64], positions: int) -> None:
         self.bytes = byte_counts
         self.targets = np.array([len(ids) for ids in documents], dtype=np.int64)
-        # The longest run of documents, from the first on, that fits; at least two, so that they can be split.
+        # The longest run of documents, from the first on, that fits; two with tokens at least, for cross-fitting.
         fitting = int(np.searchsorted(np.cumsum(self.targets), positions, side="right"))
-        self.kept_documents = max(2, fitting)
+        self.kept_documents = max(fitting, int(np.flatnonzero(self.targets)[:2][-1]) + 1)
         self.nats: dict[str, NDArray[np.float64]] = {}
         self.correct: dict[str, NDArray[np.float64]] = {}
         self.kept: list[tuple[NDArray, ...]] = []

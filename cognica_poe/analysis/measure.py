@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from cognica_poe.analysis.bits_per_byte import DocumentSums, Evaluation, evaluate
+from cognica_poe.analysis.heads import head_geometry, perturb_heads
 from cognica_poe.analysis.probes import run_probes
 from cognica_poe.analysis.record import AnalysisRecord
 from cognica_poe.analysis.routing import route, stage0_cost
@@ -144,6 +145,7 @@ def analyze(
     new_tokens: int = 32,
     draft_length: int = 4,
     probe_tokens: int = 48,
+    head_documents: int = 0,
     log: Callable[[str], None] = lambda line: None,
 ) -> AnalysisRecord:
     """Measure ``model`` on the validation split of ``data_dir``.
@@ -160,6 +162,8 @@ def analyze(
         safety: of WAND.
         prompts, new_tokens, draft_length: for speculative acceptance; stage 0 drafts.
         probe_tokens: length of the probe continuations.
+        head_documents: measure the perturbations of the stage heads on this many documents (0: not at all); each
+            takes ``K + 4`` passes.
         log: receives progress lines.
 
     Raises:
@@ -200,6 +204,7 @@ def analyze(
         "wand": wand,
         "speculative": asdict(speculative),
         "routing": asdict(route(result.positions, stage0_cost(config))) if result.sums.stages > 1 else None,
+        "heads": _heads(model, tokenizer, part, head_documents, batch_rows, seed, log),
         "baseline": dict(baseline) if baseline is not None else None,
         "validation": _validation(part, result),
         "probes": [asdict(probe) for probe in probes],
@@ -267,6 +272,17 @@ def _validation(part: ValidationSlice, result: Evaluation) -> dict:
         "unit": part.unit,
         "sampled": part.sampled,
     }
+
+
+def _heads(model, tokenizer, part: ValidationSlice, documents: int, batch_rows: int, seed: int, log) -> dict | None:
+    geometry = head_geometry(model, tokenizer)
+    if geometry is None:
+        return None
+    changes = None
+    if documents:
+        texts = part.texts[: max(2, documents)]
+        changes = perturb_heads(model, tokenizer, texts, batch_rows=batch_rows, seed=seed, log=log)
+    return {**asdict(geometry), "perturbations": changes and [asdict(change) for change in changes]}
 
 
 def _delta(

@@ -121,6 +121,29 @@ class Routing(_Part):
     positions: Count
 
 
+class Heads(_Part):
+    """Geometry of the stage heads, from the weights alone; null where a head is zero."""
+
+    norm: list[Annotated[float, Field(ge=0.0)]]
+    alignment: list[list[Annotated[float, Field(ge=-1.0, le=1.0)] | None]]
+    """Signed cosine of the dominant singular vectors of two stage heads."""
+    unique_share: list[Share | None]
+    """Squared norm of a head outside the span of the heads before it."""
+    top_tokens: list[list[str]]
+    """Tokens of the dominant singular vector."""
+    perturbations: list[HeadPerturbation] | None = None
+
+
+class HeadPerturbation(_Part):
+    """Change of the full BPB with one stage head, or all (null), scaled by beta; paired 95 % interval."""
+
+    stage: Count | None
+    beta: float
+    value: float
+    low: float
+    high: float
+
+
 class Baseline(_Part):
     """What a general compressor reaches on the same text."""
 
@@ -187,6 +210,7 @@ class AnalysisRecord(_Part):
     wand: Wand
     speculative: Speculative
     routing: Routing | None = None
+    heads: Heads | None = None
     baseline: Baseline | None
     validation: Validation
     probes: list[Probe]

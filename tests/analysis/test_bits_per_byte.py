@@ -141,6 +141,8 @@ def test_kept_positions_stop_at_the_budget_on_a_document_boundary():
     sizes = np.cumsum([len(text) for text in texts])
     result = evaluate(model, TOKENIZER, texts, positions=int(sizes[3]) + 1)
     assert result.positions.document.max() == 3 and len(result.positions.document) == sizes[3]
+    least = evaluate(model, TOKENIZER, ["", "", *texts], positions=0).positions  # two documents with tokens
+    assert np.unique(least.document).tolist() == [2, 3]
     assert result.sums.targets.sum() == sizes[-1]
 
 

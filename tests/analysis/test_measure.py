@@ -49,6 +49,18 @@ def test_record_of_a_pool(data_dir, tmp_path):
     assert again.model_dump() == record.model_dump()
 
 
+def test_heads_of_a_pool(data_dir):
+    record = analyze(small_model(), ByteTokenizer(), data_dir, head_documents=3, **OPTIONS)
+    assert len(record.heads.alignment) == 3 and record.heads.unique_share[0] == 1.0
+    assert [(change.stage, change.beta) for change in record.heads.perturbations][:4] == [
+        (0, 0),
+        (1, 0),
+        (2, 0),
+        (None, 0),
+    ]
+    assert analyze(small_model(per_stage_head=False), ByteTokenizer(), data_dir, **OPTIONS).heads is None
+
+
 def test_same_seed_same_record(data_dir):
     first, second = (analyze(small_model(), ByteTokenizer(), data_dir, **OPTIONS).model_dump() for _ in range(2))
     assert first | {"seconds": 0} == second | {"seconds": 0}
