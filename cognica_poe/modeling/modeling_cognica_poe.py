@@ -17,7 +17,7 @@ from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .blocks_cognica_poe import MLP, Attention, Block, Rotary, rmsnorm, rotary_tables
+from .blocks_cognica_poe import Block, Rotary, rmsnorm, rotary_tables
 from .cache_cognica_poe import CognicaKVCache
 from .configuration_cognica_poe import CognicaPoEConfig
 from .decoding_cognica_poe import PoEDecodingMixin
@@ -38,18 +38,20 @@ class CognicaPoEPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """nanochat's initialisation: every parameter set explicitly, smear and backout included."""
+        # All from the model itself: transformers skips submodules of custom code that own no parameter directly.
+        if not isinstance(module, CognicaPoEForCausalLM):
+            return
         bound = math.sqrt(3.0 / self.config.hidden_size)
-        if isinstance(module, Attention):
-            for matrix in (module.c_q, module.c_k, module.c_v):
+        self._init_embeddings(module, bound)
+        for block in module.transformer.h:
+            attention, mlp = block.attn, block.mlp
+            for matrix in (attention.c_q, attention.c_k, attention.c_v):
                 init.uniform_(matrix.weight, -bound, bound)
-            init.zeros_(module.c_proj.weight)
-            if hasattr(module, "ve_gate"):
-                init.uniform_(module.ve_gate.weight, 0.0, 0.02)
-        elif isinstance(module, MLP):
-            init.uniform_(module.c_fc.weight, -0.4 * bound, 0.4 * bound)
-            init.zeros_(module.c_proj.weight)
-        elif isinstance(module, CognicaPoEForCausalLM):
-            self._init_embeddings(module, bound)
+            init.zeros_(attention.c_proj.weight)
+            if hasattr(attention, "ve_gate"):
+                init.uniform_(attention.ve_gate.weight, 0.0, 0.02)
+            init.uniform_(mlp.c_fc.weight, -0.4 * bound, 0.4 * bound)
+            init.zeros_(mlp.c_proj.weight)
 
     def _init_embeddings(self, model: CognicaPoEForCausalLM, bound: float) -> None:
         config = self.config
@@ -185,6 +187,8 @@ class CognicaPoEForCausalLM(CognicaPoEPreTrainedModel, PoEDecodingMixin, Generat
         real = attention_mask[:, -T:].bool() if padding else None
         if position_ids is None:
             position_ids = torch.arange(past, past + T, device=ids.device)[None]
+            if padding:  # the first real token stands at 0, as generate() counts
+                position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -T:]
         x0 = x = self.embed(ids, real, cache.previous() if cache is not None else None)
         masks, rotary = self.masks(x, attention_mask, cache), self.rotary(position_ids)
         if cache is not None:
