@@ -23,6 +23,7 @@ def test_a_clean_process_without_the_package_gives_the_same_logits(releases):
     assert torch.equal(logits_in_clean_process(releases[2], IDS), expected)
 
 
+@pytest.mark.slow
 def test_clean_process_tells_why_a_release_does_not_load(releases, tmp_path):
     broken = shutil.copytree(releases[0], tmp_path / "broken")
     code = broken / "sampling_cognica_poe.py"
