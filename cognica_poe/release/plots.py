@@ -130,7 +130,9 @@ def _loss(run: RunFolder, name: str) -> Plot | None:
             axes.plot(*fig.thin(xs, fig.smooth(ys)), color=colour, linewidth=1.4, label=label)
         fig.step_axis(axes)
 
-    svg = fig.figure(name, draw, x="optimiser step", y="training loss (nats per token)", label="Training loss")
+    svg = fig.figure(
+        name, draw, x="optimiser step", y="training loss (nats per token)", label="Training loss", legend=4
+    )
     return Plot("Training loss by stage", svg, "Faint: every step. Strong: moving average over about 3 % of the run.")
 
 

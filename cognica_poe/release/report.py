@@ -93,7 +93,8 @@ def _run_section(run: RunFolder, name: str, prefix: str) -> str:
     if run.recipe.get("description"):
         parts.append(f"<p>{html_text(run.recipe['description'], 1000)}</p>")
     if run.unreadable_lines:
-        parts.append(f'<p class="warn">{run.unreadable_lines} unreadable lines of the logs are left out.</p>')
+        lines = f"{run.unreadable_lines} unreadable line{'s' * (run.unreadable_lines > 1)}"
+        parts.append(f'<p class="warn">The logs hold {lines}, left out here.</p>')
     parts += [
         page.plots(run_plots(run, prefix)),
         _paths_table(run),
