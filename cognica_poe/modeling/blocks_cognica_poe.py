@@ -80,7 +80,9 @@ class Attention(nn.Module):
         v = v.transpose(1, 2)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
-        return self.c_proj(self._attend(q, k, v, mask).reshape(B, T, -1))
+        # A cache of rows of unequal length knows how to attend; others leave it to the configured implementation.
+        attended = cache.attend(self, q, k, v, mask) if hasattr(cache, "attend") else self._attend(q, k, v, mask)
+        return self.c_proj(attended.reshape(B, T, -1))
 
     def _attend(self, q, k, v, mask):
         implementation = self.config._attn_implementation

@@ -1,10 +1,10 @@
-"""Key/value cache, allocated once for the whole context (model card, "KV cache").
+"""Key/value cache of ``generate()`` and ``forward()`` (model card, "KV cache"); it grows by doubling.
 
 ::
 
-    position        0     1     2   ...  length-1 | length ...        max_position_embeddings
-    layer 0..L-1   [ keys and values, [B, G, S, h] | free                                    ]
-    ids, real      [ token ids [B, S], padding?    | free                                    ]
+    position        0     1     2   ...  length-1 | length ...  allocated ... max_length
+    layer 0..L-1   [ keys and values, [B, G, S, h] | free               ]
+    ids, real      [ token ids [B, S], padding?    | free                              ]
 
 The token ids are kept beside the keys because smear needs the embedding of the token before a block and the value
 embeddings are looked up by id; rolling back is then a matter of lengths alone.
@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 
 class CognicaCacheLayer(CacheLayerMixin):
-    """Keys and values of one layer, ``[B, G, max_length, h]`` in the dtype of the first states written."""
+    """Keys and values of one layer, ``[B, G, S, h]`` in the dtype of the first states written, S up to max_length."""
 
     is_compileable = False
     is_croppable = True
@@ -29,10 +29,8 @@ class CognicaCacheLayer(CacheLayerMixin):
         self.length = 0
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        batch, heads, _, head_dim = key_states.shape
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys = key_states.new_zeros(batch, heads, self.max_length, head_dim)
-        self.values = value_states.new_zeros(batch, heads, self.max_length, head_dim)
+        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
         self.is_initialized = True
 
     def update(
@@ -44,10 +42,21 @@ class CognicaCacheLayer(CacheLayerMixin):
         end = self.length + key_states.shape[-2]
         if end > self.max_length:
             raise ValueError(f"the context is full: {end} tokens do not fit a cache of {self.max_length}")
+        if end > self.keys.shape[2]:
+            self._grow(end)
         self.keys[:, :, self.length : end] = key_states
         self.values[:, :, self.length : end] = value_states
         self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def _grow(self, needed: int) -> None:
+        # Doubling copies every token at most twice; a whole context up front would be wasted on a single forward.
+        size = min(self.max_length, max(2 * self.keys.shape[2], -(-needed // 64) * 64))
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = old.new_empty(*old.shape[:2], size, old.shape[3])
+            new[:, :, : self.length] = old[:, :, : self.length]
+            setattr(self, name, new)
 
     def get_seq_length(self) -> int:
         return self.length

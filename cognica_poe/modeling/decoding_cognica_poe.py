@@ -1,10 +1,12 @@
 """Generation modes of a Product-of-Experts model (model card, "PoE-specific inference").
 
 Common keyword arguments of all modes: ``attention_mask`` (left padding), ``max_new_tokens=64``, ``eos_token_id``,
-``pad_token_id``, ``do_sample=False``, ``temperature``, ``top_k``, ``top_p``, ``seed``, ``streamer``; they are described
-at :meth:`GenerationRequest.build`. All modes take prompts ``[B, T]`` and return ``[B, T + new]`` int64; rows that end
-early are filled with the pad id. A model of one stage runs every mode, each being the full model; a model with
-``poe_mode = "none"`` has untrained stage heads and answers through ``generate()`` alone.
+``pad_token_id``, ``do_sample=False``, ``temperature``, ``top_k``, ``top_p``, ``seed``, ``stop_strings`` with
+``tokenizer``, ``stopping_criteria``, ``streamer``; they are described at :meth:`GenerationRequest.build`.
+
+All modes take prompts ``[B, T]`` and return ``[B, T + new]`` int64; rows that end early are filled with the pad id. A
+model of one stage runs every mode, each being the full model; a model with ``poe_mode = "none"`` has untrained stage
+heads and answers through ``generate()`` alone.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .reference_cognica_poe import composition, prefix, single_stage, speculative, wand
+from .loops_cognica_poe import decode_pool, decode_speculative, decode_wand
 from .request_cognica_poe import GenerationRequest, Transcript
 
 
@@ -34,7 +36,7 @@ class PoEDecodingMixin:
         max_stages = self.config.num_stages if max_stages is None else max_stages
         self._check_stages([max_stages - 1], "max_stages", max_stages)
         request = GenerationRequest.build(self, input_ids, **options)
-        return _written(request, prefix(self, request, max_stages))
+        return decode_pool(self, request, range(max_stages), None, self.config.poe_alpha).finish()
 
     @torch.no_grad()
     def generate_stage(self, input_ids: torch.Tensor, stage: int, **options) -> torch.Tensor:
@@ -45,7 +47,7 @@ class PoEDecodingMixin:
         """
         self._check_stages([stage])
         request = GenerationRequest.build(self, input_ids, **options)
-        return _written(request, single_stage(self, request, stage))
+        return decode_pool(self, request, [stage], None, 0.0).finish()
 
     @torch.no_grad()
     def generate_wand(
@@ -75,8 +77,8 @@ class PoEDecodingMixin:
         self._check_stages([0])
         bounds = self._wand_bounds(p99_bounds, safety)
         request = GenerationRequest.build(self, input_ids, **options)
-        rows, used = wand(self, request, bounds, safety)
-        ids = _written(request, rows)
+        transcript, used = decode_wand(self, request, bounds, safety)
+        ids = transcript.finish()
         return (ids, Transcript.table(used, 0).to(ids.device)) if return_stages_used else ids
 
     @torch.no_grad()
@@ -104,9 +106,9 @@ class PoEDecodingMixin:
         if isinstance(k_draft, bool) or not isinstance(k_draft, int) or k_draft < 1:
             raise ValueError(f"k_draft is {k_draft}; draft at least 1 token")
         request = GenerationRequest.build(self, input_ids, **options)
-        rows, counts = speculative(self, request, draft_stage, k_draft)
-        ids = _written(request, rows)
-        return (ids, counts) if return_acceptance else ids
+        transcript, counts = decode_speculative(self, request, draft_stage, k_draft)
+        ids = transcript.finish()
+        return (ids, counts.as_dict()) if return_acceptance else ids
 
     @torch.no_grad()
     def generate_parallel_composition(
@@ -136,7 +138,8 @@ class PoEDecodingMixin:
             if not fits or sum(stage_weights) == 0:
                 raise ValueError(f"stage_weights {stage_weights} need one non-negative weight per stage of {stages}")
         request = GenerationRequest.build(self, input_ids, **options)
-        return _written(request, composition(self, request, stages, stage_weights))
+        alpha = self.config.poe_alpha if stage_weights is None else 0.0
+        return decode_pool(self, request, stages, stage_weights, alpha).finish()
 
     def _check_stages(self, stages: list[int], name: str = "stage", value=None) -> None:
         K = self.config.num_stages
@@ -163,11 +166,3 @@ class PoEDecodingMixin:
         if not safety >= 0:
             raise ValueError(f"safety is {safety}; it must not be negative")
         return bounds
-
-
-def _written(request: GenerationRequest, rows: list[list[int]]) -> torch.Tensor:
-    transcript = Transcript(request)
-    for column in range(max(len(row) for row in rows)):
-        for row, tokens in enumerate(rows):
-            transcript.extend(row, tokens[column : column + 1])
-    return transcript.finish()

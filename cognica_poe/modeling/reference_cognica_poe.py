@@ -14,6 +14,7 @@ from .request_cognica_poe import GenerationRequest
 from .sampling_cognica_poe import ACCEPT, DRAFT, FINAL, combine, inverse_cdf
 
 
+@torch.no_grad()
 def stage_logits(model, ids: list[int]) -> list[torch.Tensor]:
     """Capped logits ``[T, V]`` of all stages for one text."""
     text = torch.tensor([ids], device=model.device)
@@ -25,7 +26,7 @@ def decode(model, request: GenerationRequest, rule: Callable[[list[torch.Tensor]
     rows = []
     for row, length in enumerate(request.lengths):
         text = request.prompt(row).tolist()
-        while not _ended(request, text[length:]):
+        while not _ended(request, row, text[length:]):
             last = [logits[-1] for logits in stage_logits(model, text)]
             text.append(_pick(request, rule(last), row, len(text) - length, FINAL))
         rows.append(text[length:])
@@ -78,7 +79,7 @@ def speculative(model, request: GenerationRequest, draft_stage: int, k_draft: in
     rows, proposed, accepted, rounds = [], 0, 0, 0
     for row, length in enumerate(request.lengths):
         text = request.prompt(row).tolist()
-        while not _ended(request, text[length:]):
+        while not _ended(request, row, text[length:]):
             done = len(text) - length
             k = min(k_draft, request.max_new_tokens - done - 1)
             drafts, draft_probabilities = [], []
@@ -92,11 +93,11 @@ def speculative(model, request: GenerationRequest, draft_stage: int, k_draft: in
                 token = _verify(request, pool[i], draft, draft_probabilities[i] if i < k else None, row, done + i)
                 new.append(token)
                 accepted += token == draft
-                if token != draft or token in request.eos:
+                ended = _ended(request, row, text[length:] + new)
+                if token != draft or ended:
                     break
             # Drafts after a rejected one were proposed too; those after an accepted end of the text were not.
-            ended = token == draft and token in request.eos
-            proposed += len(new) if ended else k
+            proposed += len(new) if ended and token == draft else k
             rounds += 1
             text += new
         rows.append(text[length:])
@@ -127,5 +128,5 @@ def _pick(request: GenerationRequest, logprobs: torch.Tensor, row: int, position
     return int(request.choice.pick(logprobs, uniform))
 
 
-def _ended(request: GenerationRequest, new: list[int]) -> bool:
-    return len(new) == request.max_new_tokens or bool(new and new[-1] in request.eos)
+def _ended(request: GenerationRequest, row: int, new: list[int]) -> bool:
+    return bool(new) and request.ends(row, new)

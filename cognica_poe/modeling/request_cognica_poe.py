@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from transformers import StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 
 from .sampling_cognica_poe import TokenChoice, exact_dtype, uniforms
 
@@ -28,6 +29,8 @@ class GenerationRequest:
     """How tokens are chosen."""
     uniforms: torch.Tensor | None
     """``[B, max_new_tokens, 3]`` when sampling, see :func:`uniforms`."""
+    stopping: StoppingCriteriaList
+    """Further reasons to end a row, stop strings among them; empty for none."""
     streamer: object | None = None
     """Receives the prompt, then each new column ``[B]`` of ids, then ``end()``."""
 
@@ -46,6 +49,9 @@ class GenerationRequest:
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int | None = None,
+        stop_strings: str | list[str] | None = None,
+        tokenizer=None,
+        stopping_criteria: Sequence[StoppingCriteria] | None = None,
         streamer=None,
     ) -> GenerationRequest:
         """Check everything up front, so that a mistake costs no computation.
@@ -60,6 +66,10 @@ class GenerationRequest:
             do_sample: draw tokens instead of taking the most probable one.
             temperature, top_k, top_p: the distribution drawn from, in this order; only with ``do_sample``.
             seed: makes sampling repeatable; taken from torch's global generator when None.
+            stop_strings: a row ends with the token that completes one of these; needs ``tokenizer``.
+            tokenizer: the tokenizer of the prompts, read only for ``stop_strings``.
+            stopping_criteria: criteria as in transformers, asked row by row after every token; their ``scores`` are
+                None.
             streamer: object with ``put`` and ``end`` as in transformers.
 
         Raises:
@@ -92,12 +102,22 @@ class GenerationRequest:
             pad=pad if pad is not None else eos[0] if eos else 0,
             choice=choice,
             uniforms=table,
+            stopping=_stopping(stop_strings, tokenizer, stopping_criteria),
             streamer=streamer,
         )
 
     def prompt(self, row: int) -> torch.Tensor:
         """Real ids ``[T_row]`` of one row."""
         return self.ids[row, self.ids.shape[1] - self.lengths[row] :]
+
+    def ends(self, row: int, new: Sequence[int]) -> bool:
+        """True when the last of a row's ``new`` tokens is the last one it may have."""
+        if len(new) == self.max_new_tokens or new[-1] in self.eos:
+            return True
+        if not self.stopping:
+            return False
+        text = torch.cat((self.prompt(row), self.ids.new_tensor(new)))
+        return bool(self.stopping(text[None], None)[0])
 
 
 @dataclass
@@ -121,9 +141,9 @@ class Transcript:
         for token in tokens:
             if self.ended[row]:
                 break
-            self.rows[row].append(token)
             kept += 1
-            self.ended[row] = token in self.request.eos or len(self.rows[row]) == self.request.max_new_tokens
+            self.rows[row].append(token)
+            self.ended[row] = self.request.ends(row, self.rows[row])
         self._stream()
         return kept
 
@@ -197,6 +217,14 @@ def _real_lengths(ids: torch.Tensor, mask: torch.Tensor | None) -> list[int]:
 def _default(model, name: str):
     own = getattr(getattr(model, "generation_config", None), name, None)
     return own if own is not None else getattr(model.config, name, None)
+
+
+def _stopping(strings: str | list[str] | None, tokenizer, criteria) -> StoppingCriteriaList:
+    stopping = StoppingCriteriaList(criteria or [])
+    if strings is not None:
+        _check(tokenizer is not None, "stop_strings needs tokenizer, the tokenizer of the prompts")
+        stopping.append(StopStringCriteria(tokenizer, strings))
+    return stopping
 
 
 def _choice(do_sample: bool, temperature, top_k, top_p) -> TokenChoice:
