@@ -146,7 +146,9 @@ class PoEDecodingMixin:
         if self.config.poe_mode == "none":
             raise ValueError("poe_mode is none: the stage heads of this model are not trained; use generate()")
         integers = all(isinstance(stage, int) and not isinstance(stage, bool) for stage in stages)
-        if not stages or not integers or len(set(stages)) < len(stages) or min(stages) < 0 or max(stages) >= K:
+        if integers and len(set(stages)) < len(stages):
+            raise ValueError(f"{name} {value} names a stage twice; name each stage once, with a weight")
+        if not stages or not integers or min(stages) < 0 or max(stages) >= K:
             value = stages[0] if value is None else value
             raise ValueError(f"{name} {value} does not exist: the model has {K} stages")
 

@@ -1,7 +1,8 @@
 """The decoding loops over :class:`StageCache`: a fixed pool of stages, early exit, self-speculation.
 
 Each takes the model and a checked :class:`GenerationRequest` and returns the :class:`Transcript`. Tokens stay on the
-model's device; one copy to the host per step (per round when speculating) serves end tokens and streaming.
+model's device; one copy to the host per step (per round when speculating, also per stage with early exit) serves
+decisions, end tokens and streaming.
 """
 
 from __future__ import annotations

@@ -58,6 +58,11 @@ def test_stages_that_do_not_exist(model, stage):
             mode()
 
 
+def test_a_stage_cannot_be_composed_with_itself(model):
+    with pytest.raises(ValueError, match=r"stages \[1, 1\] names a stage twice"):
+        model.generate_parallel_composition(PROMPT, (1, 1))
+
+
 @pytest.mark.parametrize("k_draft", [0, -1, 2.5])
 def test_draft_length(model, k_draft):
     with pytest.raises(ValueError, match="k_draft is"):
