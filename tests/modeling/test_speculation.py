@@ -111,7 +111,8 @@ def exact_joint(model, prompt: torch.Tensor, choice: TokenChoice) -> torch.Tenso
 
 
 def tiny_vocabulary_model():
-    model = agreeing_model(4, 0.8, vocab_size=VOCAB)
+    small = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
+    model = agreeing_model(4, 0.8, vocab_size=VOCAB, num_key_value_heads=1, poe_stage_layers=[1, 1, 1], **small)
     with torch.no_grad():  # stages that clearly disagree, far from uniform
         for head in model.lm_head_stages:
             head.weight.add_(0.25 * torch.randn_like(head.weight))
@@ -128,7 +129,7 @@ def sample_p(model, choice: dict, **options) -> tuple[float, dict]:
     return chi_square_p(torch.bincount(cells, minlength=VOCAB**2), expected), drafts
 
 
-@pytest.mark.parametrize("k_draft", [1, 2, 4])
+@pytest.mark.parametrize("k_draft", [1, 3])
 @pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES)
 def test_sampled_output_follows_the_pool(choice, k_draft):
     p, drafts = sample_p(tiny_vocabulary_model(), choice, k_draft=k_draft, max_new_tokens=4)
