@@ -1,0 +1,85 @@
+"""Muon: orthogonalised momentum for block matrices (DESIGN: Polar Express, factored second moment, cautious decay).
+
+Matrices of one shape are stepped as one stack ``[M, rows, cols]``. ``orthogonalize`` works on a stack at once;
+``reference_orthogonalize`` beside it is the exact polar factor by SVD, which tests compare with.
+"""
+
+from __future__ import annotations
+
+import torch
+
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+"""Quintic coefficients of five Polar Express steps (Amsel et al. 2025, arXiv 2505.16932), safety .02, cushion 2."""
+
+QUINTIC = ((3.4445, -4.7750, 2.0315),) * 5
+"""Keller Jordan's fixed quintic, the iteration of ``torch.optim.Muon``."""
+
+ITERATIONS = {"polar_express": POLAR_EXPRESS, "quintic": QUINTIC}
+
+
+def reference_orthogonalize(x: torch.Tensor) -> torch.Tensor:
+    """Exact polar factor ``U V^T`` of every matrix of a stack ``[M, rows, cols]``."""
+    u, _, v = torch.linalg.svd(x, full_matrices=False)
+    return u @ v
+
+
+def orthogonalize(x: torch.Tensor, iteration: str = "polar_express", dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Approximate polar factor of every matrix of a stack by a Newton-Schulz iteration.
+
+    Args:
+        x: ``[M, rows, cols]``.
+        iteration: ``polar_express`` or ``quintic``.
+        dtype: dtype of the products; that of ``x`` when omitted.
+    """
+    tall = x.shape[-2] > x.shape[-1]
+    y = (x.mT if tall else x).to(dtype or x.dtype)
+    norm = y.norm(dim=(-2, -1), keepdim=True)
+    # Polar Express wants a spectral norm safely below 1; torch's Muon divides by the Frobenius norm itself.
+    y = y / (norm * 1.01 + 1e-6) if iteration == "polar_express" else y / norm.clamp_min(1e-7)
+    for a, b, c in ITERATIONS[iteration]:
+        gram = y @ y.mT
+        y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
+    return (y.mT if tall else y).to(x.dtype)
+
+
+def normalize_variance(update: torch.Tensor, second_moment: torch.Tensor, beta2: float) -> torch.Tensor:
+    """Divide rows (tall) or columns (wide) by their running magnitude, keeping each matrix's norm (NorMuon).
+
+    Args:
+        update: orthogonalised updates ``[M, rows, cols]``.
+        second_moment: running mean square ``[M, rows, 1]`` or ``[M, 1, cols]``, updated in place.
+    """
+    dim = -1 if second_moment.shape[-1] == 1 else -2
+    size = update.shape[dim]
+    mean_square = update.square().mean(dim=dim, keepdim=True)
+    norm = (mean_square.sum(dim=(-2, -1), keepdim=True) * size).sqrt()
+    second_moment.lerp_(mean_square, 1.0 - beta2)
+    scale = second_moment.clamp_min(1e-10).rsqrt()
+    new_norm = ((mean_square * size) * scale.square()).sum(dim=(-2, -1), keepdim=True).sqrt()
+    return update * (scale * (norm / new_norm.clamp_min(1e-10)))
+
+
+def second_moment_shape(rows: int, cols: int) -> tuple[int, int]:
+    """Factored second moment: one value per row of a tall or square matrix, per column of a wide one."""
+    return (rows, 1) if rows >= cols else (1, cols)
+
+
+def muon_update(
+    gradient: torch.Tensor,
+    momentum_buffer: torch.Tensor,
+    second_moment: torch.Tensor | None,
+    momentum: float,
+    beta2: float,
+    iteration: str,
+    dtype: torch.dtype | None,
+) -> torch.Tensor:
+    """Direction of one Muon step for a stack ``[M, rows, cols]``: Nesterov momentum, orthogonalised, normalised."""
+    momentum_buffer.lerp_(gradient, 1.0 - momentum)
+    update = orthogonalize(torch.lerp(gradient, momentum_buffer, momentum), iteration, dtype)
+    return update if second_moment is None else normalize_variance(update, second_moment, beta2)

@@ -1,0 +1,117 @@
+"""The training objectives of a Product-of-Experts model: one backward pass over a micro-batch.
+
+================  ==========================================================  ==============================
+``poe_mode``      gradient between stages                                     loss
+================  ==========================================================  ==============================
+``flat``          residual stream detached at each stage start, x0 not        ``sum_k CE_k / K^(1-alpha)``
+``hier``          full flow (deep supervision)                                the same
+``none``          full flow                                                   CE of the plain path
+================  ==========================================================  ==============================
+
+In ``flat`` each stage's backward runs right after its forward and frees its activations: x0 enters every stage as a
+leaf whose gradient is summed over the stages and sent back through the embedding once. ``one_shot_loss`` builds the
+same objective as one graph, the obvious version that tests compare with.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from cognica_poe.modeling.blocks_cognica_poe import rmsnorm
+from cognica_poe.modeling.modeling_cognica_poe import CognicaPoEForCausalLM
+from cognica_poe.training.cross_entropy import reference_cross_entropy, softcap_cross_entropy
+
+TRAINABLE_MODES = ("flat", "hier", "none")
+
+
+class Objective:
+    """Accumulates gradients of one micro-batch into the parameters' ``grad``.
+
+    Args:
+        model: the model; ``model.config.poe_mode`` chooses the objective, ``poe_alpha`` its scale.
+        compute_dtype: fp32, or bf16 through autocast with fp32 weights.
+    """
+
+    def __init__(self, model: CognicaPoEForCausalLM, compute_dtype: torch.dtype = torch.float32):
+        self.model, self.config, self.compute_dtype = model, model.config, compute_dtype
+        self.mode = self.config.poe_mode
+        if self.mode not in TRAINABLE_MODES:
+            raise ValueError(
+                f"poe_mode {self.mode!r} cannot be trained here; choose one of {', '.join(TRAINABLE_MODES)}"
+            )
+        self.stage_scale = self.config.num_stages ** (self.config.poe_alpha - 1.0)
+        self._context: tuple | None = None
+
+    def backward(self, inputs: torch.Tensor, targets: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        """Add ``scale`` times the gradient of the objective.
+
+        Args:
+            inputs, targets: token ids ``[B, T]``.
+            scale: 1 / number of micro-batches under accumulation.
+
+        Returns:
+            The detached mean cross-entropy in nats of every stage, ``[K]`` (``[1]`` for ``none``).
+        """
+        device_type = inputs.device.type
+        autocast = torch.autocast(device_type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16)
+        if self.mode == "flat":
+            return self._flat(inputs, targets.reshape(-1), scale, autocast)
+        with autocast:
+            losses = self._losses(inputs, targets.reshape(-1), softcap_cross_entropy)
+            total = losses[0] if self.mode == "none" else torch.stack(losses).sum() * self.stage_scale
+        (total * scale).backward()
+        return torch.stack(losses).detach()
+
+    def _flat(self, ids, targets, scale, autocast) -> torch.Tensor:
+        model, losses = self.model, []
+        with autocast:
+            x0_graph = model.embed(ids)
+        x0 = x0_graph.detach().requires_grad_()
+        rotary, masks = self._inputs(x0)
+        x = x0
+        for stage in range(self.config.num_stages):
+            with autocast:
+                x = model.run_layers(self.config.stage_layers(stage), x, x0, ids, rotary, masks)
+                loss = self._stage_loss(x, stage, targets, softcap_cross_entropy)
+            (loss * (scale * self.stage_scale)).backward()
+            losses.append(loss.detach())
+            x = x.detach()
+        x0_graph.backward(x0.grad)
+        return torch.stack(losses)
+
+    def _losses(self, ids, targets, cross_entropy) -> list[torch.Tensor]:
+        """Cross-entropies of the undetached objectives, as one graph."""
+        model, config = self.model, self.config
+        x0 = x = model.embed(ids)
+        rotary, masks = self._inputs(x0)
+        if self.mode == "none":
+            half = config.num_hidden_layers // 2 + 1
+            middle = model.run_layers(range(half), x, x0, ids, rotary, masks)
+            x = model.run_layers(range(half, config.num_hidden_layers), middle, x0, ids, rotary, masks)
+            n = rmsnorm(x - model.backout_lambda * middle, config.rms_norm_eps).flatten(0, 1)
+            return [cross_entropy(n, model.lm_head.weight, targets, config.logit_softcap)]
+        losses = []
+        for stage in range(config.num_stages):
+            if self.mode == "flat" and stage > 0:
+                x = x.detach()
+            x = model.run_layers(config.stage_layers(stage), x, x0, ids, rotary, masks)
+            losses.append(self._stage_loss(x, stage, targets, cross_entropy))
+        return losses
+
+    def one_shot_loss(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The objective as one graph with full logits: the slow, obvious reference (scalar, differentiable)."""
+        losses = self._losses(inputs, targets.reshape(-1), reference_cross_entropy)
+        return losses[0] if self.mode == "none" else torch.stack(losses).sum() * self.stage_scale
+
+    def _stage_loss(self, x, stage, targets, cross_entropy) -> torch.Tensor:
+        n = rmsnorm(x, self.config.rms_norm_eps).flatten(0, 1)
+        return cross_entropy(n, self.model.head_weight(stage), targets, self.config.logit_softcap)
+
+    def _inputs(self, x0: torch.Tensor) -> tuple:
+        """Rotary tables and masks, made once per shape."""
+        key = (x0.shape, x0.device)
+        if self._context is None or self._context[0] != key:
+            with torch.no_grad():
+                positions = torch.arange(x0.shape[1], device=x0.device)[None]
+                self._context = (key, self.model.rotary(positions), self.model.masks(x0))
+        return self._context[1:]
