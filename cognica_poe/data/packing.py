@@ -26,7 +26,7 @@ from cognica_poe.data.tokenizer import Tokenizer
 from cognica_poe.errors import UserError
 from cognica_poe.files import disk_errors, read_json, require_space, write_json
 
-_VERSION = 1  # of the algorithm; part of the fingerprint
+_VERSION = 2  # of the algorithm; part of the fingerprint
 _BATCH = 256  # documents encoded at a time
 CASES = ("as is", "lower", "upper")
 _LOWER_SHARE = 0.8

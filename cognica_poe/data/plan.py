@@ -31,13 +31,24 @@ def plan_rows(
             begin, end = (0, rest) if at_head else (count - rest, count)
         if end > begin:
             waiting.add((number, begin, end - begin))
+
+    def over(piece: tuple[int, int, int]) -> bool:
+        return piece[1] + piece[2] == int(lengths[piece[0]])
+
     while (seed := waiting.take_next()) is not None:
         row, gap = [seed], row_len - 1 - seed[2]
-        while gap > 1:  # a gap of one, behind a finished document, takes its closing BOS
-            if (fragment := waiting.take_fit(gap)) is None and (fragment := waiting.cut(gap)) is None:
-                break
-            row.append(fragment)
-            gap -= fragment[2] + 1
+        while gap > 1 and (piece := waiting.take_fit(gap) or waiting.cut(gap) or waiting.take_near(gap)) is not None:
+            finished = [i for i, other in enumerate([*row, piece]) if over(other)] if piece[2] + 2 == gap else []
+            if piece[2] + 2 == gap and not finished:  # it would leave a gap of one behind an unfinished text
+                if gap == 3:
+                    continue  # a single token, given up
+                number, start, length = piece
+                piece = number, start, length - 1
+                waiting.add((number, start + length - 1, 1))
+            row.append(piece)
+            gap -= piece[2] + 1
+            if gap == 1:
+                row.append(row.pop(finished[-1]))
         if gap <= 1:
             rows.append(row)
     first = np.cumsum([0] + [len(row) for row in rows])
@@ -85,6 +96,10 @@ class _Waiting:
         number, start, length = self._take_size(self._sizes[-1])
         self.add((number, start + gap - 1, length - (gap - 1)))
         return number, start, gap - 1
+
+    def take_near(self, gap: int) -> tuple[int, int, int] | None:
+        """One that leaves a single place: the last resort, when all that wait do."""
+        return self._take_size(gap - 1) if gap > 2 and self._alive[gap - 1] else None
 
     def _take_size(self, size: int) -> tuple[int, int, int]:
         stack = self._by_size[size]

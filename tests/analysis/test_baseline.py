@@ -25,7 +25,7 @@ def test_unrelated_training_text_does_not_help_and_a_copy_does_all():
     held = words(1)
     unrelated = xz_baseline([words(2)], [held])
     copied = xz_baseline([words(2), held, words(3)], [held])
-    assert unrelated["xz_primed_bpb"] == pytest.approx(unrelated["xz_bpb"], rel=0.05)
+    assert unrelated["xz_primed_bpb"] == pytest.approx(unrelated["xz_bpb"], rel=0.1)
     assert copied["xz_primed_bpb"] < 0.05
     assert copied["xz_bpb"] == unrelated["xz_bpb"]
 
