@@ -138,6 +138,7 @@ def train_tokenizer(
     merged = vocab_size - len(SPECIAL_TOKENS)
     if vocab_size > MAX_VOCAB:
         raise UserError(f"vocab_size {vocab_size} is too large: packed rows hold 16-bit ids; at most {MAX_VOCAB}")
+    _refuse_other_folders(Path(out))
     if merged < 256:
         raise UserError(f"vocab_size {vocab_size} is too small: 256 bytes and {len(SPECIAL_TOKENS)} specials need 265")
     backend = Backend(models.BPE())
@@ -199,8 +200,15 @@ def save_tokenizer(tokenizer_json: str, out: Path, model_max_length: int | None 
 
 def export_tokenizer(tokenizer: Path, out: Path, model_max_length: int) -> None:
     """Copy a tokenizer folder for a release, with the model's context length in it."""
+    _refuse_other_folders(Path(out))
     described = read_json(Path(tokenizer) / "tokenizer.json", "tokenizer")
     save_tokenizer(json.dumps(described, indent=2, ensure_ascii=False), out, model_max_length)
+
+
+def _refuse_other_folders(out: Path) -> None:
+    """Saving replaces ``out``: never a folder of other things."""
+    if out.exists() and not (out / "tokenizer.json").is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is not a tokenizer folder; choose another --out")
 
 
 def _capped(texts: Iterable[str], max_bytes: int) -> Iterator[str]:

@@ -190,3 +190,12 @@ def test_files_that_are_no_tokenizer(tokenizer, tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(described))
     with pytest.raises(UserError, match="not a byte-level BPE"):
         Tokenizer(tmp_path)
+
+
+def test_a_folder_of_other_things_is_never_replaced(tokenizer, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="not a tokenizer folder"):
+        train_tokenizer(["ba ko mi ba ko mi"], 266, tmp_path)
+    with pytest.raises(UserError, match="not a tokenizer folder"):
+        export_tokenizer(tokenizer.folder, tmp_path, 64)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
