@@ -41,7 +41,7 @@ def check_plan(lengths, row_len, order=None, heads=None):
     return int(length.sum())
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(lengths_of_documents, st.integers(4, 40), st.integers(0, 3))
 def test_plans_keep_their_promises(lengths, row_len, seed):
     order = np.random.default_rng(seed).permutation(len(lengths)) if seed else None
