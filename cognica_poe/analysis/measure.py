@@ -27,6 +27,7 @@ from cognica_poe.analysis.speculative import choose_prompts, measure_acceptance
 from cognica_poe.analysis.statistics import Bootstrap, Interval
 from cognica_poe.analysis.wand import CALIBRATION_TOKENS, cross_fit
 from cognica_poe.errors import UserError
+from cognica_poe.threads import one_thread
 
 _FEWEST_UNITS = 8
 _BITS = 1.0 / np.log(2)
@@ -183,10 +184,11 @@ def analyze(
     bootstrap = Bootstrap(len(part.texts), seed=seed)
     wand = asdict(cross_fit(result.positions, safety=safety))
     chosen = choose_prompts(tokenizer, part.texts, count=prompts, tokens=32)
-    speculative = measure_acceptance(
-        model, chosen, new_tokens=new_tokens, draft_length=draft_length, seed=seed, log=log
-    )
-    probes = run_probes(model, tokenizer, new_tokens=probe_tokens, log=log)
+    with one_thread():
+        speculative = measure_acceptance(
+            model, chosen, new_tokens=new_tokens, draft_length=draft_length, seed=seed, log=log
+        )
+        probes = run_probes(model, tokenizer, new_tokens=probe_tokens, log=log)
     config = model.config
     fields = {
         "step": step,

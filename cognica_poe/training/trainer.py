@@ -56,7 +56,8 @@ class Trainer:
 
     Args:
         recipe: checked recipe.
-        run: run folder; ``data/`` and ``tokenizer/`` must exist in it.
+        run: run folder.
+        rows: the training rows.
         resume: continue from the newest sound checkpoint; otherwise the folder must hold none.
         log: receives lines about what happens.
         progress: receives ``(step, metrics)`` after every step.
@@ -66,28 +67,21 @@ class Trainer:
         self,
         recipe: Recipe,
         run: Path,
+        rows: Rows,
         *,
         resume: bool = False,
         log: Log = lambda line: None,
         progress: Callable[[int, dict[str, Any]], None] = lambda step, metrics: None,
     ):
         keep_freed_memory()
-        self.recipe, self.run, self.log, self.progress = recipe, Path(run), log, progress
+        self.recipe, self.run, self.rows = recipe, Path(run), rows
+        self.log, self.progress = log, progress
         training, model = recipe.training, recipe.model
         self.device = default_device()
         self.checkpoints = CheckpointFolder(self.run / "checkpoints", log)
         found = self.checkpoints.load_latest() if resume else None
         if not resume and self.checkpoints.steps():
             raise UserError(f"{self.run} already holds checkpoints: add --resume, or choose another --out")
-        self.rows = Rows(
-            self.run / "data",
-            self.run / "tokenizer",
-            self.run / "rows",
-            seed=recipe.data.seed,
-            row_len=model.max_position_embeddings + 1,
-            case_aug_prob=recipe.data.case_aug_prob,
-            log=log,
-        )
         self.model = build_model(model, training.seed).to(self.device).train()
         batch_tokens = training.batch_rows * model.max_position_embeddings
         self.optimizer = MuonAdamW(self.model, training.optimizer, batch_tokens)
