@@ -21,6 +21,7 @@ from cognica_poe.errors import UserError
 
 MANIFEST = "MANIFEST.sha256"
 _PARTIAL = ".partial-"
+_REPLACED = ".replaced-"
 
 
 def sha256_file(path: Path) -> str:
@@ -81,6 +82,8 @@ def read_json(path: Path, what: str = "file") -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{what} not found: {path}") from error
+    except PermissionError as error:
+        raise UserError(f"{what} {path} may not be read: change its permissions") from error
     except (json.JSONDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
         raise UserError(f"{what} {path} is not valid JSON ({error}); restore it or make it again") from error
 
@@ -104,9 +107,13 @@ def atomic_folder(path: Path, manifest: bool = True) -> Iterator[Path]:
             _fsync(partial)
             partial.chmod(0o755)
             if path.exists():  # rename cannot replace a folder that holds files
-                old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{_PARTIAL}old-"))
+                old = Path(tempfile.mkdtemp(dir=path.parent, prefix=_REPLACED))
                 os.replace(path, old / path.name)
-                os.replace(partial, path)
+                try:
+                    os.replace(partial, path)
+                except BaseException:
+                    os.replace(old / path.name, path)
+                    raise
                 shutil.rmtree(old, ignore_errors=True)
             else:
                 os.replace(partial, path)
@@ -117,8 +124,13 @@ def atomic_folder(path: Path, manifest: bool = True) -> Iterator[Path]:
 
 
 def remove_partials(folder: Path) -> None:
-    """Delete what a killed process left half-written in ``folder``."""
+    """Delete what a killed process left half-written in ``folder``, and put back what it was about to replace."""
     if Path(folder).is_dir():
+        for replaced in Path(folder).glob(f"{_REPLACED}*"):
+            for old in replaced.iterdir():
+                if not (Path(folder) / old.name).exists():
+                    os.replace(old, Path(folder) / old.name)
+            shutil.rmtree(replaced, ignore_errors=True)
         for leftover in Path(folder).glob(f"{_PARTIAL}*"):
             shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
