@@ -9,6 +9,17 @@ import pytest
 
 from tests.runs import small_recipe, write_texts
 
+LOAD = """
+import sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+where = dict(revision="step-6", cache_dir=sys.argv[1], local_files_only=True, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained("test/small", **where)
+tokenizer = AutoTokenizer.from_pretrained("test/small", **where)
+inputs = tokenizer("def", return_tensors="pt")
+assert inputs.input_ids[0, 0] == tokenizer.bos_token_id
+model.generate(**inputs, max_new_tokens=3, do_sample=False)
+"""
+
 
 def call(*arguments, **kwargs):
     command = [sys.executable, "-m", "cognica_poe.cli", *map(str, arguments)]
@@ -55,15 +66,8 @@ def test_a_run_leaves_the_whole_folder(run):
 
 
 def test_a_revision_loads_offline_from_the_local_hub_cache(run):
-    code = (
-        "import sys; from transformers import AutoModelForCausalLM, AutoTokenizer; o = dict(revision='step-6', "
-        "cache_dir=sys.argv[1], local_files_only=True, trust_remote_code=True); "
-        "m = AutoModelForCausalLM.from_pretrained('test/small', **o); "
-        "t = AutoTokenizer.from_pretrained('test/small', **o); i = t('def', return_tensors='pt'); assert i.input_ids[0, 0] == t.bos_token_id; "
-        "print(m.generate(**i, max_new_tokens=3, do_sample=False).shape[1])"
-    )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    arguments = [sys.executable, "-c", code, str(run / "release" / "hub")]
+    arguments = [sys.executable, "-c", LOAD, str(run / "release" / "hub")]
     done = subprocess.run(arguments, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
 
