@@ -11,9 +11,9 @@ from typing import Annotated, Any
 
 import tyro
 
-from cognica_poe.errors import UserError
+from cognica_poe.errors import TrainingStopped, UserError
 from cognica_poe.generation import GenerationOptions, generate, load_model
-from cognica_poe.progress import TrainingProgress, log, table
+from cognica_poe.progress import TrainingProgress, log, quiet_transformers, table
 from cognica_poe.recipes import Recipe, find_recipe
 
 Positional = tyro.conf.Positional
@@ -43,7 +43,11 @@ def run(arguments: RunArguments) -> None:
         steps = life.live(recipe, out, resume=arguments.resume, log=log, progress=progress)
     model, tokenizer = load_model(str(out / "release" / f"step-{steps[-1]}"))
     modes = ("full", "prefix", "wand", "speculative") if recipe.model.poe_mode != "none" else ("full",)
-    samples = [generate(model, tokenizer, SAMPLE_PROMPT, GenerationOptions(mode=mode)) for mode in modes]  # type: ignore
+    length = min(64, recipe.model.max_position_embeddings // 2)
+    samples = [
+        generate(model, tokenizer, SAMPLE_PROMPT, GenerationOptions(mode=mode, max_new_tokens=length))  # type: ignore
+        for mode in modes
+    ]
     records = life.load_records(out / "analysis")
     if arguments.json:
         record = records[-1].model_dump(mode="json")
@@ -326,6 +330,7 @@ def dispatch(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(usage(), end="")
         return
+    quiet_transformers()
     if argv[0] in RECIPE_COMMANDS:
         return _recipe_command(argv[0], argv[1:])
     words = 2 if argv[0] in ("data", "tokenizer") else 1
@@ -350,12 +355,6 @@ def _recipe_command(name: str, rest: list[str]) -> None:
 
 def main() -> None:
     """Entry point of ``cognica-poe``."""
-    from transformers.utils import logging
-
-    from cognica_poe.training.trainer import TrainingStopped
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
     try:
         dispatch(sys.argv[1:])
     except UserError as error:
@@ -386,8 +385,8 @@ def _print_records(records: list[Any]) -> None:
         wand = record.wand.exit_fraction[0] if len(record.wand.exit_fraction) > 1 else None
         accepted = record.speculative.acceptance
         rows.append([record.step, record.bpb.full, best, record.bpb.plain, record.accuracy.full, wand, accepted])
-    columns = ["step", "BPB (trained path)", "best stage", "plain path", "accuracy", "exits at stage 0", "acceptance"]
-    table("checkpoints on held-out text", columns, rows)
+    columns = ["step", "BPB", "best stage", "plain", "accuracy", "exit at 0", "accepted"]
+    table("checkpoints on held-out text (BPB of the trained path)", columns, rows)
     last = records[-1].baseline if records else None
     if last is not None:
         print(f"xz -9e on the same text: {last.xz_bpb:.4f}; primed with the training text: {last.xz_primed_bpb:.4f}")

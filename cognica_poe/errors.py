@@ -1,4 +1,4 @@
-"""The one exception that stands for a user's mistake."""
+"""Exceptions that the command line turns into one line and an exit code."""
 
 
 class UserError(Exception):
@@ -7,3 +7,11 @@ class UserError(Exception):
     The message is one line that says what is wrong, where, and what to do. The command line prints it and exits
     with code 2; library callers can catch it.
     """
+
+
+class TrainingStopped(Exception):
+    """SIGTERM or SIGINT arrived; the run was saved at ``step``."""
+
+    def __init__(self, step: int):
+        super().__init__(f"stopped at step {step}; resume with --resume")
+        self.step = step

@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from cognica_poe.errors import UserError
 
 MANIFEST = "MANIFEST.sha256"
@@ -37,10 +39,18 @@ def disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise UserError(f"no space left while writing {path}: free some space or choose another --out") from error
+            raise _full(path) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise UserError(f"cannot write {path}: {error.strerror}; choose a folder that you may write to") from error
         raise
+    except SafetensorError as error:  # the library's own writer reports the kernel's refusal as text
+        if any(f"os error {code}" in str(error) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
+            raise _full(path) from error
+        raise
+
+
+def _full(path: Path) -> UserError:
+    return UserError(f"no space left while writing {path}: free some space or choose another --out")
 
 
 def _fsync(path: Path) -> None:

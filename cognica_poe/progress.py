@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from types import TracebackType
@@ -11,6 +12,12 @@ from typing import Any
 def log(line: str) -> None:
     """One line on stderr; stdout is for results."""
     print(line, file=sys.stderr, flush=True)
+
+
+def quiet_transformers() -> None:
+    """Keep transformers' own bars and advice out of a command's output; set before it is imported."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def duration(seconds: float) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -141,6 +143,9 @@ class Recipe:
         ):
             if value < low:
                 raise UserError(f"recipe {self.name}: {name} is {value}; it must be at least {low}")
+        for name, number in _numbers(dataclasses.asdict(self)):
+            if not math.isfinite(number) or (number < 0 and name != "model.poe-alpha"):
+                raise UserError(f"recipe {self.name}: {name} is {number}; it must be a number that is not negative")
         for name, share in (
             ("data.val-fraction", data.val_fraction),
             ("data.case-aug-prob", data.case_aug_prob),
@@ -160,6 +165,16 @@ class Recipe:
     def save(self, path: Path) -> None:
         """Write as JSON."""
         write_json(path, dataclasses.asdict(self))
+
+
+def _numbers(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Every number of a nested recipe with its option name."""
+    for key, value in values.items():
+        name = f"{prefix}{key.replace('_', '-')}"
+        if isinstance(value, dict):
+            yield from _numbers(value, f"{name}.")
+        elif isinstance(value, int | float):
+            yield name, value
 
 
 def _backprop_arm(recipe: Recipe) -> Recipe:

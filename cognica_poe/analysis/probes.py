@@ -79,7 +79,7 @@ def run_probes(
 ) -> list[ProbeResult]:
     """Greedy continuation of every probe (BOS prepended, one row per call, so that no padding can matter).
 
-    The continuation ends before the first special token.
+    The continuation ends before the first special token, and where the context is full.
     """
     device = next(model.parameters()).device
     special = {index for index, size in enumerate(tokenizer.token_bytes) if size == 0}
@@ -89,8 +89,9 @@ def run_probes(
     try:
         for probe in probes:
             ids = torch.tensor([[tokenizer.bos_id, *tokenizer.encode(probe.prompt)]], device=device)
+            length = min(new_tokens, model.config.max_position_embeddings - ids.shape[1])
             out = model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, num_beams=1
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=length, do_sample=False, num_beams=1
             )
             new = out[0, ids.shape[1] :].tolist()
             end = next((place for place, index in enumerate(new) if index in special), len(new))

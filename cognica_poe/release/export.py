@@ -140,7 +140,7 @@ def load_release(path: Path, dtype: torch.dtype | str = "auto") -> tuple[Any, An
 
     check_release(path)
     model = CognicaPoEForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True).eval()
-    return model, AutoTokenizer.from_pretrained(path, local_files_only=True)
+    return model, AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
 
 
 def _plain(value: Mapping[str, Any]) -> dict[str, Any]:

@@ -59,7 +59,8 @@ def _tiles(run: RunFolder, named: bool) -> str:
     bounds = interval(dig(record, "intervals", "full"), 3)
     tiles = [
         ("bits per byte", number(record["bpb"]["full"], 3), f"{trained_path(record)}, 95 % {bounds}"),
-        ("primed xz", number(dig(record, "baseline", "xz_primed_bpb"), 3), "bits per byte of the same text"),
+        ("xz -9e", number(dig(record, "baseline", "xz_bpb"), 3), "bits per byte of the same text"),
+        ("primed xz", number(dig(record, "baseline", "xz_primed_bpb"), 3), "xz that has read the training text"),
         ("accuracy", percent(dig(record, "accuracy", "full")), "next token, top-1"),
         ("step", count(record["step"]), f"{count(record.get('tokens_seen'))} tokens seen"),
         (

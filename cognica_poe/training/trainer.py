@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from cognica_poe.data.rows import Rows
-from cognica_poe.errors import UserError
+from cognica_poe.errors import TrainingStopped, UserError
 from cognica_poe.files import write_bytes
 from cognica_poe.modeling.configuration_cognica_poe import CognicaPoEConfig
 from cognica_poe.modeling.modeling_cognica_poe import CognicaPoEForCausalLM
@@ -30,14 +30,6 @@ from cognica_poe.training.precision import choose_compute_dtype, default_device
 from cognica_poe.training.schedule import Schedule
 
 Log = Callable[[str], None]
-
-
-class TrainingStopped(Exception):
-    """SIGTERM or SIGINT arrived; the run was saved at ``step``."""
-
-    def __init__(self, step: int):
-        super().__init__(f"stopped at step {step}; resume with --resume")
-        self.step = step
 
 
 def build_model(recipe: ModelRecipe, seed: int = 0) -> CognicaPoEForCausalLM:

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -60,6 +62,7 @@ class Script(torch.nn.Module):
     def __init__(self, ids):
         super().__init__()
         self.weight, self.ids = torch.nn.Parameter(torch.zeros(1)), ids
+        self.config = SimpleNamespace(max_position_embeddings=128)
 
     def generate(self, ids, *, attention_mask, max_new_tokens, do_sample, num_beams):
         assert not do_sample and ids[0, 0] == BOS and bool(attention_mask.all()) and not self.training
