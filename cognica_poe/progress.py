@@ -66,26 +66,3 @@ class TrainingProgress:
         elif time.monotonic() - self.shown >= self.every or step == self.steps:
             self.shown = time.monotonic()
             log(f"train: step {step}/{self.steps}  {line}")
-
-
-def table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
-    """Print a small table on stdout."""
-    from rich.console import Console
-    from rich.table import Table
-
-    grid = Table(title=title, title_justify="left", title_style="bold")
-    for index, column in enumerate(columns):
-        grid.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
-    for row in rows:
-        grid.add_row(*(_cell(value) for value in row))
-    Console().print(grid)
-
-
-def _cell(value: Any) -> str:
-    from rich.markup import escape
-
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        return f"{value:,.4f}" if abs(value) < 100 else f"{value:,.1f}"
-    return f"{value:,}" if isinstance(value, int) else escape(str(value))

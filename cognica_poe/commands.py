@@ -1,0 +1,310 @@
+"""The commands of the command line, one function each; docstrings and field comments are their help."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from cognica_poe.errors import UserError
+from cognica_poe.generation import GenerationOptions, generate, load_model
+from cognica_poe.progress import TrainingProgress, log
+from cognica_poe.recipes import Recipe, find_recipe
+from cognica_poe.tables import as_dicts, figures, print_json, print_records, print_samples, table
+
+Positional = tyro.conf.Positional
+Flattened = Annotated[Recipe, tyro.conf.arg(name="")]
+SAMPLE_PROMPT = "Return a list of the"
+
+
+@dataclasses.dataclass(frozen=True)
+class RunArguments:
+    """Train a recipe and release it. Every field of the recipe is an option."""
+
+    recipe: Flattened
+    out: Path
+    """Run folder."""
+    resume: bool = False
+    """Go on with an interrupted run."""
+    json: bool = False
+    """Print one JSON document instead of tables."""
+
+
+def run(arguments: RunArguments) -> None:
+    """Whole life of a model: data, tokenizer, training, a measured release per step, report, sample text."""
+    from cognica_poe import life
+
+    recipe, out = arguments.recipe.check(), arguments.out
+    with TrainingProgress(recipe.training.steps) as progress:
+        steps = life.live(recipe, out, resume=arguments.resume, log=log, progress=progress)
+    model, tokenizer = load_model(str(out / "release" / f"step-{steps[-1]}"))
+    modes = ("full", "prefix", "wand", "speculative") if recipe.model.poe_mode != "none" else ("full",)
+    length = min(64, recipe.model.max_position_embeddings // 2)
+    samples = [
+        generate(model, tokenizer, SAMPLE_PROMPT, GenerationOptions(mode=mode, max_new_tokens=length))  # type: ignore
+        for mode in modes
+    ]
+    records = life.load_records(out / "analysis")
+    if arguments.json:
+        record = records[-1].model_dump(mode="json")
+        return print_json({"run": str(out), "steps": steps, "record": record, "samples": as_dicts(samples)})
+    print_records(records)
+    print_samples(samples)
+    print(f"\nrun folder        {out}")
+    print(f"report            {out / 'report' / 'index.html'}")
+    print(f"records           {out / 'analysis'}/step-N.json for N in {', '.join(map(str, steps))}")
+    print(f"releases          {out / 'release'}/step-N")
+    hub = out / "release" / "hub"
+    print(f'local Hub cache   AutoModelForCausalLM.from_pretrained("{recipe.release.repo_id}",')
+    print(f'                      revision="step-{steps[-1]}", cache_dir="{hub}",')
+    print("                      local_files_only=True, trust_remote_code=True)")
+
+
+def train(arguments: RunArguments) -> None:
+    """Train only; checkpoints land in OUT/checkpoints."""
+    from cognica_poe import life
+    from cognica_poe.training.trainer import Trainer
+
+    recipe = arguments.recipe.check()
+    life.prepare(recipe, arguments.out, log, arguments.resume)
+    rows = life.open_rows(arguments.out, recipe, log)
+    with TrainingProgress(recipe.training.steps) as progress:
+        trainer = Trainer(recipe, arguments.out, rows, resume=arguments.resume, log=log, progress=progress)
+        trainer.train()
+    steps = life.checkpoint_steps(arguments.out, ())
+    if arguments.json:
+        return print_json({"run": str(arguments.out), "checkpoints": steps})
+    print(f"trained {recipe.name} to step {trainer.step}; checkpoints of steps {', '.join(map(str, steps))}")
+    print(f"next: cognica-poe analyze {arguments.out}")
+
+
+def params(recipe: Positional[str], json: bool = False) -> None:
+    """Exact parameter counts by group, built on the meta device.
+
+    Args:
+        recipe: Name of a recipe, or path of a recipe.json.
+        json: Print one JSON document instead of a table.
+    """
+    from cognica_poe.parameters import count_parameters
+
+    counts = count_parameters(find_recipe(recipe).check())
+    if json:
+        return print_json(counts)
+    rows = [[group, count, f"{100 * count / counts['total']:.1f} %"] for group, count in counts["groups"].items()]
+    table(f"parameters of {recipe}", ["group", "parameters", "share"], [*rows, ["total", counts["total"], "100.0 %"]])
+
+
+def analyze(run: Positional[Path], step: tuple[int, ...] = (), json: bool = False) -> None:
+    """Measure checkpoints of a run; records land in RUN/analysis.
+
+    Args:
+        run: Run folder.
+        step: Steps to measure; every checkpoint when omitted.
+        json: Print the records as one JSON document.
+    """
+    from cognica_poe import life
+
+    recipe = life.read_recipe(run)
+    records = []
+    for number in life.checkpoint_steps(run, step):
+        records.append(life.measure(run, recipe, life.checkpoint_model(run, recipe, number, log), number, log))
+    if json:
+        return print_json([record.model_dump(mode="json") for record in records])
+    print_records(records)
+
+
+def calibrate(checkpoint: Positional[Path], text: Path, tokens: int = 131_072, json: bool = False) -> None:
+    """WAND p99 bounds of a release folder on text of your own.
+
+    Args:
+        checkpoint: Release folder.
+        text: Folder or file of parquet, jsonl or text to calibrate on.
+        tokens: Positions to calibrate on.
+        json: Print one JSON document instead of a table.
+    """
+    import tempfile
+
+    from cognica_poe.analysis.measure import validation_slice
+    from cognica_poe.analysis.wand import calibrate as calibrate_bounds
+    from cognica_poe.data.mix import build, read_documents
+    from cognica_poe.data.tokenizer import load_tokenizer
+
+    model, _ = load_model(str(checkpoint))
+    if model.config.num_stages < 2 or model.config.poe_mode == "none":
+        raise UserError(f"{checkpoint} has one prediction path: there is nothing to exit from")
+    with tempfile.TemporaryDirectory() as folder:
+        build(str(text), Path(folder) / "data", val_fraction=0.0, val_min_bytes=1, log=log)
+        texts = [d.text for split in ("train", "val") for d in read_documents(Path(folder) / "data", split)]
+    part = validation_slice(texts, 8 * tokens)
+    result = calibrate_bounds(model, load_tokenizer(checkpoint), part.texts, tokens=tokens, log=log)
+    if json:
+        return print_json(dataclasses.asdict(result))
+    rows = [[f"{k} -> {k + 1}", bound] for k, bound in enumerate(result.bounds)]
+    table(f"WAND p99 bounds on {result.positions:,} positions", ["transition", "bound (nats)"], rows)
+    print(f"agreement with the full pool at safety {result.safety}: {result.agreement:.4f}")
+
+
+def export(run: Positional[Path], step: int, out: Path | None = None) -> None:
+    """Write the release folder of a measured step.
+
+    Args:
+        run: Run folder.
+        step: A step with a checkpoint and a record.
+        out: Where to; RUN/release/step-N when omitted.
+    """
+    from cognica_poe import life
+
+    recipe = life.read_recipe(run)
+    print(life.export_step(run, recipe, life.checkpoint_model(run, recipe, step, log), step, log, out))
+
+
+def publish(run: Positional[Path], to: str, replace: bool = False, json: bool = False) -> None:
+    """Publish every release folder of a run, one revision per step.
+
+    Args:
+        run: Run folder.
+        to: org/name on the Hub (token from HF_TOKEN), or file:FOLDER for a local Hub cache folder.
+        replace: Allow a step to be published again with other content.
+        json: Print one JSON document.
+    """
+    from cognica_poe import life
+    from cognica_poe.release.publish import publish as publish_folders
+
+    recipe = life.read_recipe(run)
+    folders = sorted((run / "release").glob("step-*"))
+    repo_id = recipe.release.repo_id if to.startswith("file:") else None
+    done = publish_folders(folders, to, repo_id, replace=replace, log=log)
+    if json:
+        return print_json(dataclasses.asdict(done))
+    rows = [[f"step-{step}", commit] for step, commit in done.revisions.items()]
+    table(f"{done.repo_id} at {done.where}", ["revision", "commit"], [*rows, ["main", done.main]])
+
+
+def report(runs: Positional[tuple[Path, ...]], out: Path | None = None) -> None:
+    """Trajectory report of one or several runs, as one self-contained page.
+
+    Args:
+        runs: Run folders.
+        out: Folder or .html file; the first run's report/ when omitted.
+    """
+    from cognica_poe.release.report import write_report
+
+    if not runs:
+        raise UserError("report: pass at least one run folder")
+    print(write_report(runs, out or runs[0] / "report"))
+
+
+def generate_command(
+    checkpoint: Positional[str],
+    prompt: Positional[str],
+    options: Annotated[GenerationOptions, tyro.conf.arg(name="")] = GenerationOptions(),  # noqa: B008
+    revision: str | None = None,
+    cache_dir: Path | None = None,
+    json: bool = False,
+) -> None:
+    """Continue a prompt; streams the text, then prints tokens/s, stages used and acceptance.
+
+    Args:
+        checkpoint: Release folder, or org/name with --cache-dir.
+        prompt: Text to continue.
+        revision: Revision within the Hub cache folder, such as step-300; main when omitted.
+        cache_dir: Local Hub cache folder.
+        json: Print one JSON document instead of streaming.
+    """
+    from transformers import TextStreamer
+
+    model, tokenizer = load_model(checkpoint, revision, cache_dir)
+    streamer = None if json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    if not json:
+        print(prompt, end="", flush=True)
+    result = generate(model, tokenizer, prompt, options, streamer)
+    if json:
+        return print_json(dataclasses.asdict(result))
+    log(figures(result))
+
+
+def data_build(mix: Positional[str], out: Path, val_fraction: float = 0.02, seed: int = 0) -> None:
+    """Collect a mix, or local files, into parquet shards with a manifest.
+
+    Args:
+        mix: python-docs, frontier_v1, a mix file, or a folder or file of parquet, jsonl or text.
+        out: Data folder to make.
+        val_fraction: Share of the documents held out.
+        seed: Seed of the split.
+    """
+    from cognica_poe.data.mix import build
+
+    manifest = build(mix, out, val_fraction=val_fraction, seed=seed, log=log)
+    rows = [[name, total.documents, total.bytes] for name, total in manifest.splits.items()]
+    table(f"data in {out}", ["split", "documents", "bytes"], rows)
+
+
+def data_pack(data: Positional[Path], tokenizer: Path, out: Path, row_len: int = 2049, epoch: int = 0) -> None:
+    """Pack one epoch of a data folder into uint16 rows.
+
+    Args:
+        data: Data folder.
+        tokenizer: Tokenizer folder.
+        out: Folder for the rows.
+        row_len: Context length + 1.
+        epoch: Epoch to pack; it seeds order and case.
+    """
+    from cognica_poe.data.packing import pack
+    from cognica_poe.data.tokenizer import load_tokenizer
+
+    packed = pack(data, load_tokenizer(tokenizer), out, row_len=row_len, epoch=epoch, log=log)
+    table(f"rows in {out}", ["fact", "value"], [[key, value] for key, value in dataclasses.asdict(packed).items()])
+
+
+def data_which_docs(run: Positional[Path], step: int, json: bool = False) -> None:
+    """List the documents that an optimiser step of a run reads (0-based).
+
+    Args:
+        run: Run folder.
+        step: Optimiser step, counted from 0.
+        json: Print one JSON document.
+    """
+    from cognica_poe import life
+
+    if step < 0:
+        raise UserError(f"which-docs: step is {step}; steps count from 0")
+    recipe = life.read_recipe(run)
+    pieces = life.open_rows(run, recipe, log).documents(step, recipe.training.batch_rows)
+    if json:
+        return print_json(as_dicts(pieces))
+    columns = ["row", "epoch", "source", "origin", "start", "tokens", "case"]
+    table(f"documents of step {step}", columns, [[getattr(piece, c) for c in columns] for piece in pieces])
+
+
+def tokenizer_train(data: Positional[Path], out: Path, vocab_size: int = 32_768, max_bytes: int = 60_000_000) -> None:
+    """Train the byte-level BPE tokenizer on a data folder.
+
+    Args:
+        data: Data folder (`cognica-poe data build`).
+        out: Tokenizer folder to make.
+        vocab_size: Tokens, 9 specials included.
+        max_bytes: Train on at most this much text.
+    """
+    from cognica_poe.data.mix import read_documents
+    from cognica_poe.data.tokenizer import train_tokenizer
+
+    train_tokenizer((d.text for d in read_documents(data, "train")), vocab_size, out, max_bytes=max_bytes, log=log)
+    print(out)
+
+
+COMMANDS = {
+    "params": params,
+    "analyze": analyze,
+    "calibrate": calibrate,
+    "export": export,
+    "publish": publish,
+    "report": report,
+    "generate": generate_command,
+    "data build": data_build,
+    "data pack": data_pack,
+    "data which-docs": data_which_docs,
+    "tokenizer train": tokenizer_train,
+}
+RECIPE_COMMANDS = {"run": run, "train": train}
