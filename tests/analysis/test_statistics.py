@@ -64,13 +64,15 @@ def test_coverage_is_close_to_nominal():
     assert 0.88 <= hits / 200 <= 0.99
 
 
-def test_seed_and_blocks_fix_the_result(sums, monkeypatch):
+def test_seed_fixes_the_result_and_blocks_do_not_matter(sums, monkeypatch):
     nats, count = sums
     first = Bootstrap(40, seed=7).ratio(nats, count)
     assert Bootstrap(40, seed=7).ratio(nats, count) == first
     assert Bootstrap(40, seed=8).ratio(nats, count) != first
     monkeypatch.setattr("cognica_poe.analysis.statistics._BLOCK_BYTES", 8 * 40 * 3)  # 3 resamples at a time
-    assert Bootstrap(40, seed=7).ratio(nats, count) == first
+    by_threes = Bootstrap(40, seed=7).ratio(nats, count)
+    # The same draws; the matrix product may add them in another order when it gets fewer rows.
+    assert (by_threes.low, by_threes.high) == pytest.approx((first.low, first.high), rel=1e-12)
 
 
 def test_ratios_equal_single_ratios(sums):
