@@ -212,6 +212,32 @@ def _named() -> dict[str, Recipe]:
         ),
         release=ReleaseRecipe(repo_id="cognica/tiny-poe", every=50, log_steps=False),
     )
+    # Half of its layers draft for the other half: the shape on which decoding is measured.
+    deep = Recipe(
+        name="deep",
+        model=ModelRecipe(
+            vocab_size=4096,
+            hidden_size=256,
+            intermediate_size=1024,
+            num_hidden_layers=16,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=64,
+            max_position_embeddings=512,
+            window_pattern="L",
+            poe_stage_layers=(8, 8),
+        ),
+        data=DataRecipe(mix="python-docs", case_aug_prob=0.0),
+        training=TrainingRecipe(
+            steps=600,
+            batch_rows=8,
+            micro_rows=8,
+            checkpoint_every=100,
+            schedule=ScheduleRecipe(warmup_steps=20, momentum_warmup_steps=200),
+            optimizer=OptimizerRecipe(lr_scaling=False, matrix_lr=0.02, weight_decay=0.1),
+        ),
+        release=ReleaseRecipe(repo_id="cognica/deep-poe", every=300, log_steps=False),
+    )
     small = Recipe(
         name="small",
         model=ModelRecipe(
@@ -244,6 +270,7 @@ def _named() -> dict[str, Recipe]:
     }
     recipes = [
         tiny,
+        deep,
         small,
         Recipe(
             name="1.3b",
