@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
-from pathlib import Path
 
 import tyro
 
-from cognica_poe.commands import COMMANDS, RECIPE_COMMANDS, RunArguments
+from cognica_poe.commands import COMMANDS, RECIPE_COMMANDS
 from cognica_poe.errors import TrainingStopped, UserError
 from cognica_poe.progress import log, quiet_transformers
 from cognica_poe.recipes import find_recipe
@@ -23,7 +23,8 @@ Product-of-Experts language models: pretrain, measure, publish and run them.
 
 def usage() -> str:
     """Help text of the program: every command with the first line of its docstring."""
-    commands = {name: function.__doc__ or "" for name, function in {**RECIPE_COMMANDS, **COMMANDS}.items()}
+    functions = {name: command.function for name, command in RECIPE_COMMANDS.items()} | COMMANDS
+    commands = {name: function.__doc__ or "" for name, function in functions.items()}
     return USAGE + "".join(f"  {name:<18}{text.strip().splitlines()[0]}\n" for name, text in commands.items())
 
 
@@ -43,16 +44,17 @@ def dispatch(argv: list[str]) -> None:
 
 
 def _recipe_command(name: str, rest: list[str]) -> None:
+    command = RECIPE_COMMANDS[name]
+    description = inspect.getdoc(command.function)
     if not rest or rest[0].startswith("-"):
         if rest and rest[0] in ("-h", "--help"):
-            print(f"usage: cognica-poe {name} RECIPE --out DIR [--resume] [--json] [--training.steps N ...]\n")
-            print(f"{RECIPE_COMMANDS[name].__doc__}\n`cognica-poe {name} RECIPE --help` lists every field.")
+            print(f"usage: cognica-poe {name} RECIPE {command.options} [--json] [--training.steps N ...]\n")
+            print(f"{description}\n`cognica-poe {name} RECIPE --help` lists every field.")
             return
-        raise UserError(f"{name}: name a recipe first, such as `cognica-poe {name} tiny --out runs/tiny`")
-    recipe = find_recipe(rest[0])
-    default = RunArguments(recipe, Path("runs") / recipe.name)
-    parsed = tyro.cli(RunArguments, default=default, prog=f"cognica-poe {name} {rest[0]}", args=rest[1:])
-    RECIPE_COMMANDS[name](parsed)
+        raise UserError(f"{name}: name a recipe first, such as `cognica-poe {name} {command.example}`")
+    default = command.default(find_recipe(rest[0]))
+    prog = f"cognica-poe {name} {rest[0]}"
+    command.function(tyro.cli(type(default), default=default, prog=prog, description=description, args=rest[1:]))
 
 
 def main() -> None:

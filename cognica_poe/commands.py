@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
 from cognica_poe.errors import UserError
 from cognica_poe.generation import GenerationOptions, generate, load_model
+from cognica_poe.plan_command import PlanArguments, plan
 from cognica_poe.progress import TrainingProgress, log
 from cognica_poe.recipes import Recipe, find_recipe
 from cognica_poe.tables import as_dicts, figures, print_json, print_records, print_samples, table
@@ -30,6 +32,11 @@ class RunArguments:
     """Go on with an interrupted run."""
     json: bool = False
     """Print one JSON document instead of tables."""
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> RunArguments:
+        """Arguments of a recipe in ``runs/NAME``."""
+        return cls(recipe, Path("runs") / recipe.name)
 
 
 def run(arguments: RunArguments) -> None:
@@ -307,4 +314,22 @@ COMMANDS = {
     "data which-docs": data_which_docs,
     "tokenizer train": tokenizer_train,
 }
-RECIPE_COMMANDS = {"run": run, "train": train}
+
+
+@dataclasses.dataclass(frozen=True)
+class RecipeCommand:
+    """A command whose options are the fields of a recipe."""
+
+    function: Callable[[Any], None]
+    options: str
+    """Its own options, as the usage line shows them."""
+    example: str
+    default: Callable[[Recipe], Any]
+    """Arguments as they are when no option is given."""
+
+
+RECIPE_COMMANDS = {
+    "run": RecipeCommand(run, "--out DIR [--resume]", "tiny --out runs/tiny", RunArguments.of),
+    "train": RecipeCommand(train, "--out DIR [--resume]", "tiny --out runs/tiny", RunArguments.of),
+    "plan": RecipeCommand(plan, "--gpus N [--gpu NAME] [--nodes N]", "3b --gpus 12 --gpu a100-80g", PlanArguments),
+}
