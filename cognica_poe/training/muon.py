@@ -70,6 +70,20 @@ def second_moment_shape(rows: int, cols: int) -> tuple[int, int]:
     return (rows, 1) if rows >= cols else (1, cols)
 
 
+def nesterov(gradient: torch.Tensor, momentum_buffer: torch.Tensor, momentum: float) -> torch.Tensor:
+    """Update the momentum in place and look ahead; elementwise, any shape."""
+    momentum_buffer.lerp_(gradient, 1.0 - momentum)
+    return torch.lerp(gradient, momentum_buffer, momentum)
+
+
+def direction(
+    x: torch.Tensor, second_moment: torch.Tensor | None, beta2: float, iteration: str, dtype: torch.dtype | None
+) -> torch.Tensor:
+    """What a stack of looked-ahead momenta ``[M, rows, cols]`` moves along: orthogonalised, normalised."""
+    update = orthogonalize(x, iteration, dtype)
+    return update if second_moment is None else normalize_variance(update, second_moment, beta2)
+
+
 def muon_update(
     gradient: torch.Tensor,
     momentum_buffer: torch.Tensor,
@@ -80,6 +94,15 @@ def muon_update(
     dtype: torch.dtype | None,
 ) -> torch.Tensor:
     """Direction of one Muon step for a stack ``[M, rows, cols]``: Nesterov momentum, orthogonalised, normalised."""
-    momentum_buffer.lerp_(gradient, 1.0 - momentum)
-    update = orthogonalize(torch.lerp(gradient, momentum_buffer, momentum), iteration, dtype)
-    return update if second_moment is None else normalize_variance(update, second_moment, beta2)
+    return direction(nesterov(gradient, momentum_buffer, momentum), second_moment, beta2, iteration, dtype)
+
+
+def descend(parameter: torch.Tensor, update: torch.Tensor, lr: float, decay: float) -> None:
+    """Move a parameter, or some rows of it, along its update; the decay is cautious.
+
+    Weights decay only where the update also shrinks them.
+    """
+    if decay:
+        shrink = (update * parameter > 0).to(parameter.dtype).mul_(parameter)
+        parameter.sub_(shrink, alpha=lr * decay)
+    parameter.sub_(update, alpha=lr)

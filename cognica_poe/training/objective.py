@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import torch
 
-from cognica_poe.modeling.blocks_cognica_poe import rmsnorm
+from cognica_poe.modeling.blocks_cognica_poe import rmsnorm, rotary_tables
 from cognica_poe.modeling.modeling_cognica_poe import CognicaPoEForCausalLM
 from cognica_poe.training.cross_entropy import reference_cross_entropy, softcap_cross_entropy
 
@@ -62,10 +62,32 @@ class Objective:
         (total * scale).backward()
         return torch.stack(losses).detach()
 
+    def sections(self) -> list[dict[str, int]]:
+        """Parameters in the order in which ``backward`` completes their gradients, one section per layer or head.
+
+        The value is the number of times that one ``backward`` adds to a parameter's gradient: once per stage for what
+        ``flat`` shares between stages, 0 for what the mode never trains.
+        """
+        config, names = self.config, [name for name, _ in self.model.named_parameters()]
+        shared = config.num_stages if self.mode == "flat" else 1
+        sections: list[dict[str, int]] = []
+        stages = range(config.num_stages) if self.mode == "flat" else reversed(range(config.num_stages))
+        for stage in stages:
+            heads = 0 if self.mode == "none" else 1
+            sections.append({n: heads for n in names if n.startswith(f"lm_head_stages.{stage}.")})
+            for layer in reversed(config.stage_layers(stage)):
+                prefixes = (f"transformer.h.{layer}.", f"value_embeds.{layer}.")
+                sections.append({n: 1 for n in names if n.startswith(prefixes)})
+        counts = {"lm_head.weight": shared, "resid_lambdas": shared, "x0_lambdas": shared}
+        counts["backout_lambda"] = 1 if self.mode == "none" else 0
+        seen = {name for section in sections for name in section}
+        sections.append({n: counts.get(n, 1) for n in names if n not in seen})
+        return [section for section in sections if section]
+
     def _flat(self, ids, targets, scale, autocast) -> torch.Tensor:
         model, losses = self.model, []
         with autocast:
-            x0_graph = model.embed(ids)
+            x0_graph = self._embed(ids)
         x0 = x0_graph.detach().requires_grad_()
         rotary, masks = self._inputs(x0)
         x = x0
@@ -82,7 +104,7 @@ class Objective:
     def _losses(self, ids, targets, cross_entropy) -> list[torch.Tensor]:
         """Cross-entropies of the undetached objectives, as one graph."""
         model, config = self.model, self.config
-        x0 = x = model.embed(ids)
+        x0 = x = self._embed(ids)
         rotary, masks = self._inputs(x0)
         if self.mode == "none":
             half = config.num_hidden_layers // 2 + 1
@@ -113,5 +135,11 @@ class Objective:
         if self._context is None or self._context[0] != key:
             with torch.no_grad():
                 positions = torch.arange(x0.shape[1], device=x0.device)[None]
-                self._context = (key, self.model.rotary(positions), self.model.masks(x0))
+                rotary = rotary_tables(positions, self.config.head_dim, self.config.rope_theta, x0.dtype)
+                self._context = (key, rotary, self.model.masks(x0))
         return self._context[1:]
+
+    def _embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Embedding stream ``[B, T, D]``; the residual stream stays fp32 where weights are bf16 replicas."""
+        x0 = self.model.embed(ids)
+        return x0.float() if x0.dtype == torch.bfloat16 else x0

@@ -5,14 +5,16 @@ State is keyed by parameter name, so that a checkpoint does not depend on the or
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import nn
 
-from cognica_poe.training.muon import muon_update, second_moment_shape
+from cognica_poe.training.muon import descend, muon_update, second_moment_shape
 
 BATCH_REFERENCE = 2**19
 WIDTH_REFERENCE = 768
@@ -78,19 +80,28 @@ class MuonAdamW:
         model: its named parameters are grouped by ``group_of``; a parameter without a gradient is left alone.
         recipe: rates and decays.
         batch_tokens: tokens of one optimiser step, for the batch scaling.
+        parameters: what is updated, by name, when that is not the model's own parameters but rows of them.
     """
 
-    def __init__(self, model: nn.Module, recipe: OptimizerRecipe, batch_tokens: int):
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: OptimizerRecipe,
+        batch_tokens: int,
+        parameters: dict[str, nn.Parameter] | None = None,
+    ):
         self.recipe = recipe
         self.batch_scale = math.sqrt(batch_tokens / BATCH_REFERENCE) if recipe.lr_scaling else 1.0
         self.iteration_dtype = getattr(torch, recipe.muon_dtype)
-        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.shapes = {name: p.shape for name, p in trained.items()}
+        self.parameters = parameters or trained
         settings = adamw_groups(recipe, model.config.hidden_size)
         members: dict[str, list[nn.Parameter]] = {group: [] for group in settings}
         self.stacks: dict[torch.Size, list[str]] = {}
         for name, parameter in self.parameters.items():
             if group_of(name) == "muon":
-                self.stacks.setdefault(parameter.shape, []).append(name)
+                self.stacks.setdefault(self.shapes[name], []).append(name)
             else:
                 members[group_of(name)].append(parameter)
         groups = [
@@ -101,20 +112,36 @@ class MuonAdamW:
         self.adamw = torch.optim.AdamW(groups, eps=1e-10, fused=True)
         self.muon_state: dict[str, dict[str, torch.Tensor]] = {}
 
+    def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Wrap the backward pass of every micro-batch; ``last`` marks that of a step."""
+        return contextlib.nullcontext()
+
     @torch.no_grad()
     def step(self, lr_scale: float, momentum: float, weight_decay_scale: float) -> None:
         """One update of every parameter that has a gradient, with the schedule's multipliers."""
+        self._step_adamw(lr_scale)
+        for shape, names in self._present_stacks().items():
+            self._step_stack(names, momentum, *self._muon_rates(shape, lr_scale, weight_decay_scale))
+
+    def _step_adamw(self, lr_scale: float) -> None:
         for group in self.adamw.param_groups:
             group["lr"] = group["base_lr"] * lr_scale * self.batch_scale
         self.adamw.step()
-        decay = self.recipe.weight_decay * weight_decay_scale * (self.batch_scale if self.recipe.lr_scaling else 1.0)
-        for shape, names in self.stacks.items():
-            names = [name for name in names if self.parameters[name].grad is not None]
-            if names:
-                lr = self.recipe.matrix_lr * lr_scale * self.batch_scale * max(1.0, shape[0] / shape[1]) ** 0.5
-                self._step_stack(names, lr, momentum, decay)
 
-    def _step_stack(self, names: list[str], lr: float, momentum: float, decay: float) -> None:
+    def _present_stacks(self) -> dict[torch.Size, list[str]]:
+        """Matrices that have a gradient, by shape."""
+        present = {
+            shape: [name for name in names if self.parameters[name].grad is not None]
+            for shape, names in self.stacks.items()
+        }
+        return {shape: names for shape, names in present.items() if names}
+
+    def _muon_rates(self, shape: torch.Size, lr_scale: float, weight_decay_scale: float) -> tuple[float, float]:
+        """Learning rate and decay of matrices of a shape."""
+        lr = self.recipe.matrix_lr * lr_scale * self.batch_scale * max(1.0, shape[0] / shape[1]) ** 0.5
+        return lr, self.recipe.weight_decay * weight_decay_scale * self.batch_scale
+
+    def _step_stack(self, names: list[str], momentum: float, lr: float, decay: float) -> None:
         states = [self._state(name) for name in names]
         buffer = torch.stack([state["momentum"] for state in states])
         normalise = self.recipe.muon_beta2 < 1.0
@@ -124,22 +151,17 @@ class MuonAdamW:
             gradient, buffer, second, momentum, self.recipe.muon_beta2, self.recipe.muon_iteration, self.iteration_dtype
         )
         for i, (name, state) in enumerate(zip(names, states, strict=True)):
-            parameter = self.parameters[name]
             state["momentum"].copy_(buffer[i])
             if normalise:
                 state["second_moment"].copy_(second[i])
-            if decay:  # cautious: only where the update also shrinks the weight
-                shrink = (update[i] * parameter > 0).to(parameter.dtype).mul_(parameter)
-                parameter.sub_(shrink, alpha=lr * decay)
-            parameter.sub_(update[i], alpha=lr)
+            descend(self.parameters[name], update[i], lr, decay)
 
     def _state(self, name: str) -> dict[str, torch.Tensor]:
         if name not in self.muon_state:
             parameter = self.parameters[name]
-            rows, cols = parameter.shape
             state = {"momentum": torch.zeros_like(parameter)}
             if self.recipe.muon_beta2 < 1.0:
-                state["second_moment"] = parameter.new_zeros(second_moment_shape(rows, cols))
+                state["second_moment"] = parameter.new_zeros(second_moment_shape(*self.shapes[name]))
             self.muon_state[name] = state
         return self.muon_state[name]
 
@@ -156,7 +178,7 @@ class MuonAdamW:
                 tensors[f"{name}.{key}"] = value
         return tensors
 
-    def load_state_dict(self, tensors: dict[str, torch.Tensor]) -> None:
+    def load_state_dict(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Restore what ``state_dict`` returned. Raises ValueError for a tensor of an unknown parameter or shape."""
         self.muon_state.clear()
         self.adamw.state.clear()
@@ -164,10 +186,15 @@ class MuonAdamW:
             name, key = full_name.rsplit(".", 1)
             if name not in self.parameters:
                 raise ValueError(f"the optimiser state holds {full_name}, which the model does not have")
-            parameter = self.parameters[name]
-            if key in ("momentum", "exp_avg", "exp_avg_sq") and value.shape != parameter.shape:
-                raise ValueError(f"{full_name} has shape {list(value.shape)}, the parameter {list(parameter.shape)}")
-            if group_of(name) == "muon":
-                self.muon_state.setdefault(name, {})[key] = value.to(parameter.device)
-            else:
-                self.adamw.state[parameter][key] = value if key == "step" else value.to(parameter.device)
+            shape = self.shapes[name]
+            if key in ("momentum", "exp_avg", "exp_avg_sq") and value.shape != shape:
+                raise ValueError(f"{full_name} has shape {list(value.shape)}, the parameter {list(shape)}")
+            self._restore(name, key, value)
+
+    def _restore(self, name: str, key: str, value: torch.Tensor) -> None:
+        """Take one tensor of the state, in its global shape."""
+        parameter = self.parameters[name]
+        if group_of(name) == "muon":
+            self.muon_state.setdefault(name, {})[key] = value.to(parameter.device)
+        else:
+            self.adamw.state[parameter][key] = value if key == "step" else value.to(parameter.device)

@@ -201,3 +201,25 @@ def test_bf16_compute_keeps_fp32_gradients():
 def test_untrainable_mode_is_refused():
     with pytest.raises(ValueError, match=r"'residual_logop' cannot be trained here; choose one of flat, hier, none"):
         Objective(training_model("residual_logop"))
+
+
+@pytest.mark.parametrize("changes", [{}, {"per_stage_head": False}])
+@pytest.mark.parametrize("mode", ["flat", "hier", "none"])
+def test_sections_say_when_gradients_are_complete(mode, changes):
+    """Measured with hooks: additions per parameter, and no section is complete before the one before it."""
+    model = training_model(mode, **changes)
+    arrived, objective = [], Objective(model)
+    for name, parameter in model.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: arrived.append(name))
+    objective.backward(*tokens())
+    sections = objective.sections()
+    assert {n for section in sections for n in section} == {n for n, _ in model.named_parameters()}
+    for section in sections:
+        for name, count in section.items():
+            assert arrived.count(name) == count, name
+    ends = [
+        max(len(arrived) - arrived[::-1].index(n) for n, count in s.items() if count)
+        for s in sections[:-1]
+        if any(s.values())
+    ]
+    assert ends == sorted(ends)

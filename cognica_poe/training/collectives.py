@@ -1,0 +1,146 @@
+"""The processes of one training run and what they say to each other.
+
+``Ranks`` is the only place that knows whether there is a process group: with one rank every call is local, so that
+the trainer reads the same with and without torchrun.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from cognica_poe.errors import UserError
+
+T = TypeVar("T")
+TIMEOUT = timedelta(hours=2)
+"""How long a rank waits for another: rank 0 may be measuring a release while the others stand at the next step."""
+
+
+class Pending:
+    """A collective under way. Holds its buffers: the backend reads and writes them until ``wait`` returns."""
+
+    def __init__(self, work: dist.Work | None, *buffers: torch.Tensor):
+        self.work, self.buffers = work, buffers
+
+    def wait(self) -> None:
+        """Until the buffers may be read (on CUDA: until the current stream may read them)."""
+        if self.work is not None:
+            self.work.wait()
+        self.work, self.buffers = None, ()
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """One process among ``world``.
+
+    Methods are collective: every rank calls them in the same order.
+    """
+
+    rank: int = 0
+    world: int = 1
+    restarts: int = 0
+    """How often torchrun has restarted the workers since it was launched."""
+
+    @property
+    def is_first(self) -> bool:
+        """The rank that logs, releases and decides."""
+        return self.rank == 0
+
+    def first(self, function: Callable[[], T]) -> T:
+        """``function()`` of rank 0, on every rank; the others wait. A UserError of rank 0 is raised everywhere."""
+        outcome: tuple[Any, str | None] = (None, None)
+        if self.is_first:
+            outcome = _attempt(function)
+        if self.world > 1:
+            box = [outcome]
+            dist.broadcast_object_list(box, src=0)
+            outcome = box[0]
+        if outcome[1] is not None:
+            raise UserError(outcome[1])
+        return outcome[0]
+
+    def together(self, function: Callable[[], T]) -> list[T]:
+        """``function()`` on every rank; results in rank order. The first UserError of any rank is raised everywhere."""
+        outcomes = [_attempt(function)] * self.world
+        if self.world > 1:
+            dist.all_gather_object(outcomes, outcomes[self.rank])
+        for _, error in outcomes:
+            if error is not None:
+                raise UserError(error)
+        return [result for result, _ in outcomes]
+
+    def any(self, flags: Sequence[bool]) -> list[bool]:
+        """Which flags are raised on at least one rank. Speaks over the processors: never waits for an accelerator."""
+        if self.world == 1:
+            return list(flags)
+        raised = torch.tensor(flags, dtype=torch.uint8)
+        dist.all_reduce(raised, op=dist.ReduceOp.MAX)
+        return raised.bool().tolist()
+
+    def mean(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Mean over ranks of a small tensor, in place; NaN and infinity of one rank reach all of them."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+            tensor /= self.world
+        return tensor
+
+    # ---- the three exchanges of a training step ------------------------------------------------------------------
+
+    def reduce_scatter(self, out: torch.Tensor, buffer: torch.Tensor) -> Pending:
+        """Sum ``buffer`` ``[world, n]`` over ranks; ``out`` ``[n]`` becomes this rank's row of the sum."""
+        return Pending(dist.reduce_scatter_single(out, buffer.view(-1), async_op=True), out, buffer)
+
+    def all_gather(self, out: torch.Tensor, chunk: torch.Tensor) -> Pending:
+        """``out`` ``[world, n]`` becomes the ``chunk`` ``[n]`` of every rank."""
+        return Pending(dist.all_gather_single(out.view(-1), chunk, async_op=True), out, chunk)
+
+    def all_to_all(self, out: torch.Tensor, received: list[int], buffer: torch.Tensor, sent: list[int]) -> Pending:
+        """Send ``sent[r]`` elements of flat ``buffer`` to rank r, receive ``received[r]`` from it into flat ``out``."""
+        return Pending(dist.all_to_all_single(out, buffer, received, sent, async_op=True), out, buffer)
+
+    def warm_up(self, device: torch.device) -> None:
+        """One of each exchange, so that connections stand before ranks drift apart.
+
+        The first all-to-all of a multi-node job can otherwise deadlock while connections are being made.
+        """
+        if self.world == 1:
+            return
+        ones, out = torch.ones(self.world, device=device), torch.empty(self.world, device=device)
+        even = [1] * self.world
+        self.reduce_scatter(out[:1], ones).wait()
+        self.all_gather(out, ones[:1]).wait()
+        self.all_to_all(out, even, ones, even).wait()
+        self.any([False])
+
+
+def _attempt(function: Callable[[], T]) -> tuple[T | None, str | None]:
+    try:
+        return function(), None
+    except UserError as error:
+        return None, str(error)
+
+
+@contextlib.contextmanager
+def join_ranks(timeout: timedelta = TIMEOUT) -> Iterator[Ranks]:
+    """The ranks that torchrun announces in the environment; a single one without it.
+
+    Numbers on processors go over gloo, those on CUDA over NCCL; each rank takes the CUDA device of its local rank.
+    """
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield Ranks(restarts=restarts)
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
+    ranks = Ranks(dist.get_rank(), dist.get_world_size(), restarts)
+    ranks.warm_up(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    yield ranks
+    dist.destroy_process_group()  # not after an exception: peers may hang in it, and the process ends anyway
