@@ -62,15 +62,17 @@ class Costs:
             sizes[key] = sizes.get(key, 0) + math.prod(shape)
         return list(sizes.values())
 
-    def layer_elements(self, layer: int) -> int:
-        """Elements per token that a layer keeps for its backward, by the operations of ``Block``.
+    def layer_bytes(self, layer: int, dtype_bytes: int) -> int:
+        """Bytes per token that a layer keeps for its backward, by the operations of ``Block``.
 
-        Five times the width (block input, mixed stream, its norm, the stream behind attention, its norm), queries
-        before and after their norm and the attended values, keys likewise and values, twice the MLP's width.
+        In fp32: three states of the residual stream, queries and keys before their norm. In the compute dtype: two
+        normed states, queries, keys, values, attended values, twice the MLP's width; below fp32 also the casts that
+        autocast makes, one of the first normed state per projection and one of the attended values.
         """
-        config = self.config
-        kept = 5 * config.hidden_size + 3 * self.query_width + 3 * self.key_width + 2 * config.intermediate_size
-        return kept + (self.key_width if config.has_value_embedding(layer) else 0)
+        config, D, qd, kd, c = self.config, self.config.hidden_size, self.query_width, self.key_width, dtype_bytes
+        kept = 4 * (3 * D + qd + kd) + c * (2 * D + 2 * qd + 2 * kd + 2 * config.intermediate_size)
+        casts = c * (2 * D + qd) if c < 4 else 0
+        return kept + casts + (c * kd if config.has_value_embedding(layer) else 0)
 
     def live_layers(self) -> range:
         """Layers whose activations are held at once: the largest stage's in ``flat``, all of them otherwise."""
@@ -83,11 +85,11 @@ class Costs:
         D, V, R = config.hidden_size, config.vocab_size, rows * config.max_position_embeddings
         heads = config.num_stages if config.poe_mode == "hier" else 1
         chunk = chunk_rows(R, V, torch.device(device))
-        per_token = sum(self.layer_elements(layer) for layer in layers)
-        formula = "c R (5 D + 3 qd + 3 kd + 2 I) per layer, + c R kd per value embedding"
+        per_token = sum(self.layer_bytes(layer, c) for layer in layers)
+        formula = "R (4 (3 D + qd + kd) + c (2 D + 2 qd + 2 kd + 2 I)) per layer, + casts, + c R kd per value embedding"
         return [
-            Figure(f"activations of {len(layers)} layers", c * R * per_token, formula),
-            Figure("embeddings and boundary", 7 * c * R * D, "7 c R D"),
+            Figure(f"activations of {len(layers)} layers", R * per_token, formula),
+            Figure("embeddings and boundary", 28 * R * D, "7 x 4 R D"),
             Figure("logits chunk", chunk * V * (8 + c), "rows of a chunk x V (8 + c)"),
             Figure(
                 "folded head and its gradient",

@@ -107,14 +107,15 @@ def test_step_time_is_work_over_rate():
 # ---- against measurement -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mode", ["flat", "hier", "none"])
-def test_activations_match_the_allocators_peak(mode):
-    recipe = small(mode, (4,) if mode == "none" else (2, 1, 1), length=128)
-    model = build_model(recipe.model).train()
-    objective, (inputs, targets) = Objective(model), batch(recipe, 4)
+def test_activations_match_the_allocators_peak(mode, dtype):
+    recipe = small(mode, (5,) if mode == "none" else (3, 1, 1), width=192, length=128)
+    model = build_model(recipe.model).train().to(dtype)
+    objective, (inputs, targets) = Objective(model, dtype), batch(recipe, 4)
     objective.backward(inputs, targets)  # makes gradients, masks and tables, which are no activations
     measured = peak_bytes(lambda: objective.backward(inputs, targets))
-    expected = sum(figure.value for figure in Costs(recipe).activations(4, 4, "cpu"))
+    expected = sum(figure.value for figure in Costs(recipe).activations(4, dtype.itemsize, "cpu"))
     assert expected == pytest.approx(measured, rel=0.1)
 
 
