@@ -53,6 +53,8 @@ class Cluster:
     """Share of the bf16 peak that forward and backward reach while they compute."""
     grad_sync: GradSync = "every_microbatch"
     """every_microbatch keeps gradients in shards; last_microbatch reduces once per step and holds them whole."""
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype in which gradients travel."""
     micro_rows: int | None = None
     """Rows of one forward and backward on a rank; the most that fit, up to the recipe's, when omitted."""
 

@@ -15,6 +15,7 @@ from cognica_poe.modeling.configuration_cognica_poe import CognicaPoEConfig
 from cognica_poe.recipes import Recipe
 from cognica_poe.training.cross_entropy import chunk_rows
 from cognica_poe.training.muon import ITERATIONS, second_moment_shape
+from cognica_poe.training.objective import Objective
 from cognica_poe.training.optimizer import group_of
 from cognica_poe.training.trainer import build_model
 
@@ -37,6 +38,7 @@ class Costs:
             model = build_model(recipe.model)
         self.config: CognicaPoEConfig = model.config
         self.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        self.sections = Objective(model).sections()
         self.matrices = [shape for name, shape in self.shapes.items() if group_of(name) == "muon"]
         self.others = [shape for name, shape in self.shapes.items() if group_of(name) != "muon"]
         self.muon_parameters = sum(map(math.prod, self.matrices))
@@ -55,12 +57,8 @@ class Costs:
         return 4 * (self.muon_parameters + factored) + 8 * self.adamw_parameters
 
     def buckets(self) -> list[int]:
-        """Parameters of each layer, and of each table or head beside the layers."""
-        sizes: dict[str, int] = {}
-        for name, shape in self.shapes.items():
-            key = ".".join(name.split(".")[:3]) if name.startswith("transformer.h.") else name
-            sizes[key] = sizes.get(key, 0) + math.prod(shape)
-        return list(sizes.values())
+        """Parameters whose gradients travel together: a layer with its value embedding, a stage head, the rest."""
+        return [sum(math.prod(self.shapes[name]) for name in section) for section in self.sections]
 
     def layer_bytes(self, layer: int, dtype_bytes: int) -> int:
         """Bytes per token that a layer keeps for its backward, by the operations of ``Block``.

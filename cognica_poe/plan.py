@@ -17,10 +17,13 @@ import heapq
 import math
 from dataclasses import dataclass
 
+import torch
+
 from cognica_poe.cluster import Cluster, check_world, find_gpu
 from cognica_poe.costs import Costs, Figure
 from cognica_poe.errors import UserError
 from cognica_poe.recipes import Recipe
+from cognica_poe.training.reduction import IN_FLIGHT
 from cognica_poe.training.schedule import Schedule
 
 GIB = 2**30
@@ -78,13 +81,16 @@ class Planner:
         N, P, matrices = self.N, self.P, self.costs.matrices
         whole = not self.every and self.rank_rows > rows
         stack = max(math.ceil(matrices.count(shape) / N) * math.prod(shape) for shape in set(matrices))
+        in_flight = IN_FLIGHT * getattr(torch, self.cluster.reduce_dtype).itemsize if N > 1 else 0
         state = 4 * self.padded_matrices + 8 * self.padded_others
         return [
             Figure("replicas of the weights", self.c * P, "c P"),
             Figure("fp32 masters", 4 * self.padded / N, "4 P / N"),
             Figure("gradients", 4 * P if whole else 4 * self.padded / N, "4 P" if whole else "4 P / N"),
             Figure("optimiser state", state / N, "S / N"),
-            Figure("gradient bucket", (self.c + 4) * max(self.costs.buckets()), "(c + 4) x largest table or layer"),
+            Figure(
+                "gradients under way", (4 + in_flight) * max(self.costs.buckets()), "(4 + 2 x dtype) x largest bucket"
+            ),
             Figure("Newton-Schulz workspace", 3 * self.costs.muon_bytes * stack, "3 x its dtype x largest owned stack"),
             *self.costs.activations(rows, self.c),
             Figure("context and buffers", CONTEXT_BYTES, "assumed"),
@@ -123,12 +129,14 @@ class Planner:
     def traffic(self, micro_batches: int) -> list[Figure]:
         """Bytes that each rank sends per step; a ring sends ``(N - 1) / N`` of a tensor."""
         part = (self.N - 1) / self.N
-        rounds, times = (micro_batches, "m 4 P") if self.every else (1, "4 P")
-        exchanged = 2 * self.costs.muon_bytes * self.padded_matrices / self.N
+        size = getattr(torch, self.cluster.reduce_dtype).itemsize
+        rounds, times = (micro_batches, f"m {size} P") if self.every else (1, f"{size} P")
         return [
-            Figure("reduce-scatter of gradients", 4 * self.padded * part * rounds, f"{times} (N - 1) / N"),
+            Figure("reduce-scatter of gradients", size * self.padded * part * rounds, f"{times} (N - 1) / N"),
             Figure("all-gather of weights", self.c * self.padded * part, "c P (N - 1) / N"),
-            Figure("all-to-all of Muon, both ways", exchanged * part, "2 x its dtype x Pm / N (N - 1) / N"),
+            Figure(
+                "all-to-all of Muon, both ways", 8 * self.padded_matrices / self.N * part, "2 x 4 Pm / N (N - 1) / N"
+            ),
         ]
 
     def _seconds(self, traffic: Figure) -> float:

@@ -13,6 +13,8 @@ from cognica_poe.costs import Costs
 from cognica_poe.errors import UserError
 from cognica_poe.plan import GIB, Planner, make_plan
 from cognica_poe.recipes import RECIPES, Recipe
+from cognica_poe.training.collectives import Ranks
+from cognica_poe.training.distributed import DistMuonAdamW, DistributedRecipe
 from cognica_poe.training.muon import orthogonalize
 from cognica_poe.training.objective import Objective
 from cognica_poe.training.optimizer import MuonAdamW
@@ -74,13 +76,12 @@ def test_weights_gradients_and_state_are_those_of_the_layout():
 
 def test_traffic_of_one_reduction_per_step():
     once = dataclasses.replace(CARD, grad_sync="last_microbatch")
-    half = dataclasses.replace(RECIPES["3b"].training.optimizer, muon_dtype="bfloat16")
-    training = dataclasses.replace(RECIPES["3b"].training, optimizer=half)
     scatter, gather, exchange = (f.value / 1e9 for f in make_plan(RECIPES["3b"], once).traffic)
     assert round(scatter + gather, 1) == 16.6
     assert 2 * scatter == pytest.approx(22.15, rel=0.002)  # both in fp32
-    in_half = make_plan(dataclasses.replace(RECIPES["3b"], training=training), once).traffic[2].value / 1e9
-    assert round(in_half, 2) == 0.64 and exchange == pytest.approx(2 * in_half)
+    half = make_plan(RECIPES["3b"], dataclasses.replace(once, reduce_dtype="bfloat16")).traffic
+    assert round((half[0].value + half[1].value) / 1e9, 1) == 11.1
+    assert exchange == pytest.approx(2 * 0.64, rel=0.01)  # fp32, twice what bf16 would send
 
 
 def test_operations_of_the_release():
@@ -147,6 +148,31 @@ def test_state_matches_the_optimizers():
     optimizer.step(1.0, 0.95, 1.0)
     held = sum(t.numel() * t.element_size() for n, t in optimizer.state_dict().items() if not n.endswith(".step"))
     assert held == Costs(recipe).state_bytes()
+
+
+@pytest.mark.parametrize("sync", ["every_microbatch", "last_microbatch"])
+def test_traffic_is_what_the_optimizer_hands_over(sync):
+    """Its own formula is compared with real collectives; a ring then sends (N - 1) / N of what is handed over."""
+    recipe, world = small(vocab=509, batch_rows=12, micro_rows=1), 4
+    model = build_model(recipe.model)
+    sections, options = Objective(model).sections(), DistributedRecipe(sync, "float32")
+    handed = {"reduce_scatter": 0.0, "all_gather": 0.0, "all_to_all": 0.0}
+    for rank in range(world):
+        optimizer = DistMuonAdamW(
+            build_model(recipe.model), recipe.training.optimizer, 1, Ranks(rank, world), options, sections
+        )
+        for kind, count in optimizer.traffic(3).items():
+            if kind in handed:
+                handed[kind] += count["bytes"] / world
+    cluster = Cluster(gpus=world, grad_sync=sync, micro_rows=1)
+    training = dataclasses.replace(recipe.training, compute_dtype="float32")
+    scatter, gather, exchange = (
+        f.value for f in make_plan(dataclasses.replace(recipe, training=training), cluster).traffic
+    )
+    frozen = 4 * (world - 1) / world * world  # backout_lambda, padded to one row per rank, never travels back
+    assert scatter == pytest.approx(handed["reduce_scatter"] * (world - 1) / world, rel=1e-3)
+    assert gather == pytest.approx(handed["all_gather"] * (world - 1), abs=frozen)
+    assert exchange == pytest.approx(handed["all_to_all"] * (world - 1) / world, rel=1e-3)
 
 
 # ---- choices and mistakes ----------------------------------------------------------------------------------------
