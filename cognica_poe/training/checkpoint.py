@@ -1,45 +1,101 @@
 """Checkpoints of a training run: a folder per step that appears whole or not at all.
 
-``checkpoints/step-N/`` holds ``model.safetensors``, ``optimizer.safetensors``, ``state.json`` and ``MANIFEST.sha256``.
-Loading verifies the manifest first; a damaged step is reported and the one before it is used.
+``checkpoints/step-N/`` holds ``state.json``, ``MANIFEST.sha256`` and, from one process, ``model.safetensors`` and
+``optimizer.safetensors``. Several ranks write one file each, ``model-00002-of-00004.safetensors``: a tensor is what the
+files hold under its name, joined along the first dimension in file order. That is all a reader needs to know, so that
+any number of processes loads what any other number wrote. Loading verifies the manifest first; a damaged step is
+reported and the one before it is used.
+
+torch's DCP is not used: its metadata and its non-tensor parts are pickles, and it loads a flipped bit without a word.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import os
 import re
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 
 from cognica_poe.errors import UserError
-from cognica_poe.files import atomic_folder, read_json, remove_partials, require_space, verify_manifest, write_bytes
+from cognica_poe.files import (
+    MANIFEST,
+    atomic_folder,
+    read_json,
+    remove_partials,
+    require_space,
+    sha256_file,
+    verify_manifest,
+    write_bytes,
+)
 from cognica_poe.files import write_json as write_json_file
+from cognica_poe.training.collectives import Ranks
 
 _STEP = re.compile(r"step-(\d+)")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a step folder holds."""
+    """What a step folder holds; on saving, each rank passes its own pieces of the tensors."""
 
     step: int
-    weights: dict[str, torch.Tensor]
-    optimizer: dict[str, torch.Tensor]
+    weights: Mapping[str, torch.Tensor]
+    optimizer: Mapping[str, torch.Tensor]
     state: dict[str, Any]
 
 
-class CheckpointFolder:
-    """The ``checkpoints`` folder of a run."""
+class Pieces(Mapping[str, torch.Tensor]):
+    """Tensors of a part of a checkpoint by name, each read and joined when it is asked for.
 
-    def __init__(self, folder: Path, log: Callable[[str], None] = lambda line: None):
-        self.folder, self.log = Path(folder), log
-        remove_partials(self.folder)
+    Raises UserError when a file is missing or is no safetensors file.
+    """
+
+    def __init__(self, folder: Path, part: str):
+        files = [folder / f"{part}.safetensors"]
+        if not files[0].is_file():
+            files = sorted(folder.glob(f"{part}-*-of-*.safetensors"))
+        if not files:
+            raise UserError(f"checkpoint {folder} holds no {part}.safetensors; use another step")
+        self._holders: dict[str, list[Any]] = {}
+        for file in files:
+            try:
+                opened = safe_open(file, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"checkpoint file {file} cannot be read ({error}); use another step") from error
+            for name in opened.keys():  # noqa: SIM118 - not a mapping
+                self._holders.setdefault(name, []).append(opened)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        pieces = [file.get_tensor(name) for file in self._holders[name]]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._holders)
+
+    def __len__(self) -> int:
+        return len(self._holders)
+
+
+class CheckpointFolder:
+    """The ``checkpoints`` folder of a run, on a file system that all ranks share.
+
+    With several ranks ``save``, ``load_latest`` and ``prune`` are collective.
+    """
+
+    def __init__(self, folder: Path, log: Callable[[str], None] = lambda line: None, ranks: Ranks | None = None):
+        self.folder, self.log, self.ranks = Path(folder), log, ranks or Ranks()
+
+    def recover(self) -> None:
+        """Remove what a killed run left half-written. Only for the one run that writes here."""
+        self.ranks.first(lambda: remove_partials(self.folder))
 
     def path(self, step: int) -> Path:
         """Folder of a step."""
@@ -53,40 +109,77 @@ class CheckpointFolder:
         return sorted(int(match[1]) for match in matches if match)
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Write a step atomically. Raises UserError, leaving earlier steps alone, when the disk is full."""
-        tensors = {"model": checkpoint.weights, "optimizer": checkpoint.optimizer}
-        size = sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values())
-        require_space(self.folder, size + 2**20)
-        with atomic_folder(self.path(checkpoint.step)) as folder:
-            for name, group in tensors.items():
-                contiguous = {key: value.detach().cpu().contiguous() for key, value in group.items()}
-                write_bytes(folder / f"{name}.safetensors", save(contiguous))
-            write_json_file(folder / "state.json", {"step": checkpoint.step, **checkpoint.state})
+        """Write a step atomically: no rank returns before all of it is on disk under its final name.
+
+        Raises UserError on every rank, leaving earlier steps alone, when the disk of any rank is full.
+        """
+        ranks, path = self.ranks, self.path(checkpoint.step)
+        groups = {"model": checkpoint.weights, "optimizer": checkpoint.optimizer}
+        sizes = ranks.together(lambda: sum(t.nbytes for group in groups.values() for t in group.values()))
+        ranks.first(lambda: require_space(self.folder, sum(sizes) + 2**20))
+        with contextlib.ExitStack() as stack:
+            partial = ranks.first(lambda: stack.enter_context(atomic_folder(path, manifest=False)))
+            digests = ranks.together(lambda: {part: self._write(partial, part, groups[part]) for part in groups})
+            lines = dict(line for written in digests for line in written.values())
+
+            def finish() -> None:
+                write_json_file(partial / "state.json", {"step": checkpoint.step, **checkpoint.state})
+                lines["state.json"] = sha256_file(partial / "state.json")
+                manifest = "".join(f"{lines[name]}  {name}\n" for name in sorted(lines))
+                write_bytes(partial / MANIFEST, manifest.encode())
+                stack.close()
+
+            ranks.first(finish)
+
+    def _write(self, partial: Path, part: str, tensors: Mapping[str, torch.Tensor]) -> tuple[str, str]:
+        """Write this rank's file of a part; returns its name and sha256."""
+        ranks = self.ranks
+        name = f"{part}.safetensors" if ranks.world == 1 else f"{part}-{ranks.rank:05}-of-{ranks.world:05}.safetensors"
+        data = save({key: value.detach().cpu().contiguous() for key, value in tensors.items()})
+        write_bytes(partial / name, data)
+        return name, hashlib.sha256(data).hexdigest()
 
     def load(self, step: int) -> Checkpoint:
-        """Read a step. Raises UserError when it is missing or differs from its manifest."""
+        """Open a step. Raises UserError when it is missing or differs from its manifest."""
+        self._verify(step)
+        return self._open(step)
+
+    def load_latest(self) -> Checkpoint | None:
+        """The newest step that passes its manifest; damaged ones are reported and passed over."""
+        step = self.ranks.first(self._latest_sound)
+        return None if step is None else self._open(step)
+
+    def _verify(self, step: int) -> None:
         folder = self.path(step)
         if not folder.is_dir():
             known = ", ".join(map(str, self.steps())) or "none"
             raise UserError(f"no checkpoint of step {step} in {self.folder}; steps there: {known}")
-        verify_manifest(folder)
         try:
-            weights, optimizer = (load_file(folder / f"{name}.safetensors") for name in ("model", "optimizer"))
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"checkpoint {folder} cannot be read ({error}); use another step") from error
-        return Checkpoint(step, weights, optimizer, read_json(folder / "state.json", "checkpoint state"))
+            verify_manifest(folder)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{folder / MANIFEST} is corrupt: it is not text; use another step") from error
 
-    def load_latest(self) -> Checkpoint | None:
-        """The newest step that passes its manifest; damaged ones are reported and passed over."""
+    def _latest_sound(self) -> int | None:
         for step in reversed(self.steps()):
             try:
-                return self.load(step)
+                self._verify(step)
+                self._open(step)
+                return step
             except UserError as error:
                 self.log(f"checkpoint of step {step} passed over: {error}")
         return None
 
+    def _open(self, step: int) -> Checkpoint:
+        folder = self.path(step)
+        weights, optimizer = Pieces(folder, "model"), Pieces(folder, "optimizer")
+        return Checkpoint(step, weights, optimizer, read_json(folder / "state.json", "checkpoint state"))
+
     def prune(self, keep_last: int, keep: Collection[int]) -> None:
         """Delete all but the last ``keep_last`` steps and those in ``keep``."""
-        for step in self.steps()[:-keep_last]:
-            if step not in keep:
-                shutil.rmtree(self.path(step), ignore_errors=True)
+        if self.ranks.is_first:
+            for step in self.steps()[:-keep_last]:
+                if step not in keep:
+                    doomed = self.folder / f".partial-pruned-{step}"  # a kill leaves no step folder with files missing
+                    shutil.rmtree(doomed, ignore_errors=True)
+                    os.replace(self.path(step), doomed)
+                    shutil.rmtree(doomed, ignore_errors=True)

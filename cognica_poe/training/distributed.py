@@ -38,8 +38,8 @@ class DistributedRecipe:
 
     grad_sync: Literal["every_microbatch", "last_microbatch"] = "every_microbatch"
     """every_microbatch: gradients stay sharded (ZeRO-2); last_microbatch: one exchange a step, full gradients kept."""
-    replica_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the weights that every rank computes with; the sharded masters are fp32 either way."""
+    replica_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Dtype of the weights that every rank computes with, auto: that of the products; sharded masters are fp32."""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype in which gradients travel and are summed across ranks."""
 

@@ -1,7 +1,8 @@
-"""Pretraining on one process: steps, checkpoints, metrics, exact resume.
+"""Pretraining on one process or many: steps, checkpoints, metrics, exact resume.
 
 A run's position is its step alone: rows are a function of the step, schedules are functions of the step, and nothing in
-the model draws random numbers. A resumed run therefore repeats an uninterrupted one bit for bit.
+the model draws random numbers. A resumed run therefore repeats an uninterrupted one bit for bit on as many ranks as
+before, and within rounding on any other number: every step reads the same rows, of which each rank takes its slice.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from cognica_poe.modeling.configuration_cognica_poe import CognicaPoEConfig
 from cognica_poe.modeling.modeling_cognica_poe import CognicaPoEForCausalLM
 from cognica_poe.recipes import ModelRecipe, Recipe
 from cognica_poe.training.checkpoint import Checkpoint, CheckpointFolder
+from cognica_poe.training.collectives import Ranks
+from cognica_poe.training.distributed import DistMuonAdamW, DistributedRecipe
 from cognica_poe.training.memory import keep_freed_memory
 from cognica_poe.training.objective import Objective
 from cognica_poe.training.optimizer import MuonAdamW
@@ -43,6 +46,17 @@ def build_model(recipe: ModelRecipe, seed: int = 0) -> CognicaPoEForCausalLM:
         return CognicaPoEForCausalLM(config)
 
 
+def _rows_of_a_rank(recipe: Recipe, world: int) -> int:
+    """Rows of a step on one rank. Raises UserError unless every rank gets as many whole micro-batches."""
+    training = recipe.training
+    if training.batch_rows % (training.micro_rows * world):
+        raise UserError(
+            f"recipe {recipe.name}: training.batch-rows {training.batch_rows} cannot be shared by {world} ranks in "
+            f"micro-batches of {training.micro_rows} rows; change --training.micro-rows or the number of ranks"
+        )
+    return training.batch_rows // world
+
+
 class Trainer:
     """Trains one recipe inside a run folder.
 
@@ -50,9 +64,12 @@ class Trainer:
         recipe: checked recipe.
         run: run folder.
         rows: the training rows.
-        resume: continue from the newest sound checkpoint; otherwise the folder must hold none.
-        log: receives lines about what happens.
-        progress: receives ``(step, metrics)`` after every step.
+        resume: continue from the newest sound checkpoint; otherwise the folder must hold none. Workers that torchrun
+            has restarted always resume.
+        log: receives lines about what happens, on the first rank.
+        progress: receives ``(step, metrics)`` after every step, on the first rank.
+        ranks: this process among those of the run; all of them share the run folder.
+        distributed: how several ranks share a step.
     """
 
     def __init__(
@@ -64,53 +81,73 @@ class Trainer:
         resume: bool = False,
         log: Log = lambda line: None,
         progress: Callable[[int, dict[str, Any]], None] = lambda step, metrics: None,
+        ranks: Ranks | None = None,
+        distributed: DistributedRecipe | None = None,
     ):
         keep_freed_memory()
-        self.recipe, self.run, self.rows = recipe, Path(run), rows
-        self.log, self.progress = log, progress
+        self.recipe, self.run, self.rows, self.ranks = recipe, Path(run), rows, ranks or Ranks()
+        self.log: Log = log if self.ranks.is_first else lambda line: None
+        self.progress = progress
         training, model = recipe.training, recipe.model
+        self.rank_rows = _rows_of_a_rank(recipe, self.ranks.world)
         self.device = default_device()
-        self.checkpoints = CheckpointFolder(self.run / "checkpoints", log)
-        found = self.checkpoints.load_latest() if resume else None
-        if not resume and self.checkpoints.steps():
+        self.checkpoints = CheckpointFolder(self.run / "checkpoints", self.log, self.ranks)
+        self.checkpoints.recover()
+        found = self.checkpoints.load_latest() if resume or self.ranks.restarts else None
+        if found is None and self.ranks.first(self.checkpoints.steps):
+            if resume or self.ranks.restarts:
+                raise UserError(f"{self.run}: no checkpoint is sound; restore one, or choose another --out")
             raise UserError(f"{self.run} already holds checkpoints: add --resume, or choose another --out")
         self.model = build_model(model, training.seed).to(self.device).train()
-        batch_tokens = training.batch_rows * model.max_position_embeddings
-        self.optimizer = MuonAdamW(self.model, training.optimizer, batch_tokens)
-        self.schedule = Schedule(training.schedule, training.steps)
-        self.step, dtype = 0, training.compute_dtype
-        if found is not None:
-            dtype = self._restore(found)
-        self.compute_dtype = choose_compute_dtype(dtype, self.device)
+        dtype = found.state["compute_dtype"] if found else training.compute_dtype
+        self.compute_dtype = self.ranks.first(lambda: choose_compute_dtype(dtype, self.device))
         self.objective = Objective(self.model, self.compute_dtype)
         if training.compile == "on" or (training.compile == "auto" and self.device.type == "cuda"):
             for block in self.model.transformer.h:
                 block.compile()
-        self.events = _Lines(self.run / "events.jsonl")
-        self.metrics = _Lines(self.run / "metrics.jsonl", keep_until=self.step)
+        self.optimizer = self._optimizer(distributed or DistributedRecipe())
+        self.schedule = Schedule(training.schedule, training.steps)
+        self.step = 0
+        if found is not None:
+            self._restore(found)
+        self.events = _Lines(self.run / "events.jsonl", self.ranks.is_first)
+        self.metrics = _Lines(self.run / "metrics.jsonl", self.ranks.is_first, keep_until=self.step)
         self._stop = False
 
-    def _restore(self, found: Checkpoint) -> str:
-        """Load weights, optimiser and step; returns the compute dtype of the interrupted run."""
+    def _optimizer(self, distributed: DistributedRecipe) -> MuonAdamW:
+        training = self.recipe.training
+        batch_tokens = training.batch_rows * self.recipe.model.max_position_embeddings
+        if self.ranks.world == 1:
+            return MuonAdamW(self.model, training.optimizer, batch_tokens)
+        if distributed.replica_dtype == "auto":
+            replicas = "bfloat16" if self.compute_dtype == torch.bfloat16 else "float32"
+            distributed = dataclasses.replace(distributed, replica_dtype=replicas)
+        sections = self.objective.sections()
+        return DistMuonAdamW(self.model, training.optimizer, batch_tokens, self.ranks, distributed, sections)
+
+    def _restore(self, found: Checkpoint) -> None:
+        """Load weights, optimiser and step."""
         if found.state["rows"] != self.rows.fingerprint:
             raise UserError(
                 f"{self.run}: data, tokenizer or row seed changed since step {found.step}; start a new --out"
             )
         try:
-            self.model.load_state_dict(found.weights)
+            if isinstance(self.optimizer, DistMuonAdamW):
+                self.optimizer.load_weights(found.weights)
+            else:
+                self.model.load_state_dict(dict(found.weights))
             self.optimizer.load_state_dict(found.optimizer)
         except (RuntimeError, ValueError) as error:
             first = str(error).strip().splitlines()[-1].strip()
             raise UserError(f"{self.checkpoints.path(found.step)} does not fit this recipe: {first}") from error
         self.step = found.step
         self.log(f"resumed at step {self.step}")
-        return found.state["compute_dtype"]
 
     def train(self, at_release: Callable[[int], None] = lambda step: None) -> None:
-        """Run to the last step; ``at_release(step)`` is called after the checkpoint of every released step.
+        """Run to the last step; the first rank calls ``at_release(step)`` after the checkpoint of every released step.
 
         Raises:
-            TrainingStopped: after SIGTERM or SIGINT, once the step was saved.
+            TrainingStopped: after SIGTERM or SIGINT on any rank, once the step was saved; on every rank.
             UserError: the loss became non-finite (nothing of that step is applied), or the disk is full.
         """
         training = self.recipe.training
@@ -123,9 +160,10 @@ class Trainer:
             while self.step < training.steps:
                 metrics = self._train_step()
                 self.metrics.write(metrics)
-                self.progress(self.step, metrics)
+                if self.ranks.is_first:
+                    self.progress(self.step, metrics)
                 due = self.step % training.checkpoint_every == 0 or self.step in released
-                if self._stop:
+                if self.ranks.any([self._stop])[0]:
                     self._save()
                     self.events.write({"event": "stopped", "step": self.step})
                     raise TrainingStopped(self.step)
@@ -138,10 +176,14 @@ class Trainer:
 
     def _train_step(self) -> dict[str, Any]:
         training, began = self.recipe.training, time.perf_counter()
-        batch = torch.from_numpy(self.rows.batch(self.step, training.batch_rows)).to(self.device)
-        micro = batch.split(training.micro_rows)
-        losses = sum(self.objective.backward(rows[:, :-1], rows[:, 1:], 1 / len(micro)) for rows in micro) / len(micro)
-        values = losses.tolist()
+        batch = self.rows.batch(self.step, training.batch_rows)
+        first = self.ranks.rank * self.rank_rows
+        micro = torch.from_numpy(batch[first : first + self.rank_rows]).to(self.device).split(training.micro_rows)
+        losses, scale = 0.0, 1 / (len(micro) * self.ranks.world)
+        for i, rows in enumerate(micro):
+            with self.optimizer.micro_batch(last=i == len(micro) - 1):
+                losses = losses + self.objective.backward(rows[:, :-1], rows[:, 1:], scale)
+        values = self.ranks.mean(losses / len(micro)).tolist()
         if not all(value == value and abs(value) != float("inf") for value in values):
             self.events.write({"event": "non-finite loss", "step": self.step})
             raise UserError(
@@ -168,13 +210,15 @@ class Trainer:
         self._save()
         if at_release is not None:
             self.model.eval()
-            at_release(self.step)
+            self.ranks.first(lambda: at_release(self.step))
             self.model.train()
 
     def _save(self) -> None:
-        state = {"rows": self.rows.fingerprint, "compute_dtype": str(self.compute_dtype).removeprefix("torch.")}
-        weights, optimizer = self.model.state_dict(), self.optimizer.state_dict()
-        self.checkpoints.save(Checkpoint(self.step, weights, optimizer, state))
+        dtype = str(self.compute_dtype).removeprefix("torch.")
+        state = {"rows": self.rows.fingerprint, "compute_dtype": dtype, "ranks": self.ranks.world}
+        sharded = isinstance(self.optimizer, DistMuonAdamW)
+        weights = self.optimizer.weights() if sharded else self.model.state_dict()
+        self.checkpoints.save(Checkpoint(self.step, weights, self.optimizer.state_dict(), state))
         self.checkpoints.prune(self.recipe.training.keep_checkpoints, self.recipe.released_steps())
 
     def _on_signal(self, number: int, frame: Any) -> None:
@@ -183,6 +227,8 @@ class Trainer:
     def _facts(self) -> dict[str, Any]:
         return {
             "device": str(self.device),
+            "ranks": self.ranks.world,
+            "restarts": self.ranks.restarts,
             "threads": torch.get_num_threads(),
             "compute_dtype": str(self.compute_dtype).removeprefix("torch."),
             "parameters": sum(p.numel() for p in self.model.parameters()),
@@ -193,9 +239,9 @@ class Trainer:
 class _Lines:
     """A .jsonl file, one flushed line per record; on resume, lines of steps that will be repeated are dropped."""
 
-    def __init__(self, path: Path, keep_until: int | None = None):
-        self.path = path
-        if keep_until is not None and path.is_file():
+    def __init__(self, path: Path, writes: bool, keep_until: int | None = None):
+        self.path, self.writes = path, writes
+        if writes and keep_until is not None and path.is_file():
             kept = []
             for line in path.read_bytes().splitlines():
                 try:
@@ -206,6 +252,8 @@ class _Lines:
             write_bytes(path, b"".join(kept))
 
     def write(self, record: dict[str, Any]) -> None:
+        if not self.writes:
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
