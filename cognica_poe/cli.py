@@ -36,7 +36,7 @@ def dispatch(argv: list[str]) -> None:
     quiet_transformers()
     if argv[0] in RECIPE_COMMANDS:
         return _recipe_command(argv[0], argv[1:])
-    words = 2 if argv[0] in ("data", "tokenizer") else 1
+    words = 2 if argv[0] in ("data", "tokenizer", "bench") else 1
     name = " ".join(argv[:words])
     if name not in COMMANDS:
         raise UserError(f"unknown command {name!r}: commands are {', '.join([*RECIPE_COMMANDS, *COMMANDS])}")

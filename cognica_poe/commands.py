@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from cognica_poe.bench_commands import COMMANDS as BENCH_COMMANDS
 from cognica_poe.errors import UserError
 from cognica_poe.generation import GenerationOptions, generate, load_model
 from cognica_poe.plan_command import PlanArguments, plan
@@ -313,6 +314,7 @@ COMMANDS = {
     "data pack": data_pack,
     "data which-docs": data_which_docs,
     "tokenizer train": tokenizer_train,
+    **BENCH_COMMANDS,
 }
 
 

@@ -1,0 +1,92 @@
+"""Measurements in processes of their own, interleaved, so that no case inherits another's memory or a quiet minute."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cognica_poe.errors import UserError
+
+
+def interleaved(
+    module: str, cases: Sequence[Mapping[str, Any]], rounds: int, log: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Measure every case ``rounds`` times in turn; ``python -m module CASE`` prints one JSON object.
+
+    Returns one row per case in their order: medians of the numbers, and ``spread``, the smallest and largest
+    tokens per second. Raises UserError with the last line of a process that fails.
+    """
+    found: list[list[dict[str, Any]]] = [[] for _ in cases]
+    for number in range(rounds):
+        for case, runs in zip(cases, found, strict=True):
+            log(f"round {number + 1} of {rounds}: {case['name']} {case['shape']} {case['dtype']}")
+            runs.append(_measure(module, case))
+    return [median_row(runs) for runs in found]
+
+
+def _measure(module: str, case: Mapping[str, Any]) -> dict[str, Any]:
+    done = subprocess.run([sys.executable, "-m", module, json.dumps(case)], capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise UserError(f"bench: {case['name']} {case['shape']} {case['dtype']} failed: {last}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def median_row(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One row of several: medians of floats, the first value of everything else."""
+    row = {
+        key: statistics.median(run[key] for run in runs) if isinstance(value, float) else value
+        for key, value in runs[0].items()
+    }
+    speeds = [run["tokens_per_s"] for run in runs]
+    row["peak_memory_bytes"] = int(statistics.median(run["peak_memory_bytes"] for run in runs))
+    return {**row, "spread": [min(speeds), max(speeds)], "rounds": len(runs)}
+
+
+def product_rate(dtype: torch.dtype, device: torch.device, size: int = 2048) -> float:
+    """FLOP/s of the fastest of several ``size``-cubed products."""
+    size = size * 4 if device.type == "cuda" else size
+    a = torch.ones(size, size, dtype=dtype, device=device)
+    best = float("inf")
+    for _ in range(5):
+        synchronize(device)
+        start = time.perf_counter()
+        a @ a
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for an accelerator; nothing on a processor."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Forget the peak so far: compilation and warm-up do not count. Without effect where the system cannot."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif os.access("/proc/self/clear_refs", os.W_OK):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: most that tensors held at once on CUDA, most that the process had resident elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.is_file():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
