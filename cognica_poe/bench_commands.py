@@ -17,7 +17,7 @@ Dtype = Literal["float32", "bfloat16"]
 def bench_train(
     shapes: tuple[str, ...] = ("4x256", "8x512"),
     modes: tuple[Mode, ...] = ("none", "flat"),
-    dtypes: tuple[Dtype, ...] = ("float32", "bfloat16"),
+    dtypes: tuple[Dtype, ...] = (),
     nanochat: Path | None = None,
     compile: Literal["auto", "on", "off"] = "auto",
     rounds: int = 3,
@@ -36,7 +36,7 @@ def bench_train(
     Args:
         shapes: Layers x width, such as 4x256.
         modes: Objectives; flat and hier have four stages with a head each.
-        dtypes: Dtypes of the products.
+        dtypes: Dtypes of the products; fp32, and bf16 where the device multiplies it faster, when omitted.
         nanochat: A checkout of nanochat to compare with.
         compile: torch.compile, for both sides; auto: where a C++ compiler is found.
         rounds: Processes per case.
@@ -55,6 +55,7 @@ def bench_train(
     skipped = [] if nanochat else ["nanochat: not compared, no checkout given (--nanochat PATH)"]
     settings = {"rows": rows, "micro_rows": rows, "vocab": vocab, "length": length, "steps": steps}
     settings["keep_freed_memory"] = freed_memory == "kept"
+    dtypes = dtypes or _useful_dtypes(skipped)
     cases = make_cases(shapes, modes, dtypes, _compiled(compile, skipped), nanochat, **settings)
     for line in skipped:
         log(line)
@@ -77,6 +78,17 @@ def bench_train(
     table(f"training, {rows} x {length} tokens per step, medians of {rounds} processes", columns, cells)
     if any(row["cpu_share"] < 0.9 and row["device"] == "cpu" for row in measured):
         log("note: the processor was shared while some cases ran (cpu_share below 0.9): repeat on a quiet machine")
+
+
+def _useful_dtypes(skipped: list[str]) -> tuple[Dtype, ...]:
+    import torch
+
+    from cognica_poe.training.precision import choose_compute_dtype, default_device
+
+    if choose_compute_dtype("auto", default_device()) == torch.bfloat16:
+        return ("float32", "bfloat16")
+    skipped.append("bfloat16: not measured, this device multiplies it no faster than fp32 (--dtypes bfloat16 insists)")
+    return ("float32",)
 
 
 def _compiled(choice: str, skipped: list[str]) -> bool:

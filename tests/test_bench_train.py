@@ -174,6 +174,17 @@ def test_the_command_runs_its_cases_in_processes(capsys):
     assert "nanochat: not compared" in printed.err and result["skipped"]
 
 
+def test_bf16_is_left_out_where_it_is_no_faster(monkeypatch):
+    asked = []
+    monkeypatch.setattr("cognica_poe.bench.training.run_cases", lambda cases, *rest: asked.append(cases) or [])
+    for fastest, expected in ((torch.float32, ["float32"]), (torch.bfloat16, ["float32", "bfloat16"])):
+        monkeypatch.setattr("cognica_poe.training.precision.choose_compute_dtype", lambda *_, f=fastest: f)
+        dispatch(["bench", "train", "--shapes", "4x64", "--modes", "none", "--json"])
+        assert [case.dtype for case in asked[-1]] == expected
+    dispatch(["bench", "train", "--shapes", "4x64", "--modes", "none", "--dtypes", "bfloat16", "--json"])
+    assert [case.dtype for case in asked[-1]] == ["bfloat16"]
+
+
 def test_mistakes():
     with pytest.raises(UserError, match="--rounds is 0"):
         dispatch(["bench", "train", "--rounds", "0"])
