@@ -35,9 +35,7 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: flo
         AssertionError: a rank raised, died or hung; the message holds the traceback of the first rank that raised.
     """
     with tempfile.TemporaryDirectory(prefix="gloo-") as folder:
-        processes = [_CONTEXT.Process(target=_enter, args=(r, world, folder, function, args)) for r in range(world)]
-        for process in processes:
-            process.start()
+        processes = start_ranks(world, folder, function, *args)
         deadline = time.monotonic() + timeout
         while any(p.is_alive() for p in processes) and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -54,6 +52,14 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: flo
         if not all(file.is_file() for file in results):
             raise AssertionError(f"ranks {hung} hung, exit codes {[p.exitcode for p in processes]}")
         return [pickle.loads(file.read_bytes()) for file in results]
+
+
+def start_ranks(world: int, folder: str | Path, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """The processes of ``run_ranks``, under way; ``folder``, empty, is where they meet and leave results."""
+    processes = [_CONTEXT.Process(target=_enter, args=(r, world, str(folder), function, args)) for r in range(world)]
+    for process in processes:
+        process.start()
+    return processes
 
 
 def _enter(rank: int, world: int, folder: str, function: Callable[..., Any], args: tuple) -> None:

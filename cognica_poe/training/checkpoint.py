@@ -16,7 +16,7 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,9 +144,9 @@ class CheckpointFolder:
         self._verify(step)
         return self._open(step)
 
-    def load_latest(self) -> Checkpoint | None:
-        """The newest step that passes its manifest; damaged ones are reported and passed over."""
-        step = self.ranks.first(self._latest_sound)
+    def load_latest(self, at_most: int | None = None) -> Checkpoint | None:
+        """The newest step (of at most ``at_most``) that passes its manifest; damaged ones are reported, passed over."""
+        step = self.ranks.first(lambda: self._latest_sound(at_most))
         return None if step is None else self._open(step)
 
     def _verify(self, step: int) -> None:
@@ -159,8 +159,10 @@ class CheckpointFolder:
         except UnicodeDecodeError as error:
             raise UserError(f"{folder / MANIFEST} is corrupt: it is not text; use another step") from error
 
-    def _latest_sound(self) -> int | None:
+    def _latest_sound(self, at_most: int | None) -> int | None:
         for step in reversed(self.steps()):
+            if at_most is not None and step > at_most:
+                continue
             try:
                 self._verify(step)
                 self._open(step)
@@ -176,10 +178,13 @@ class CheckpointFolder:
 
     def prune(self, keep_last: int, keep: Collection[int]) -> None:
         """Delete all but the last ``keep_last`` steps and those in ``keep``."""
+        self.delete(step for step in self.steps()[:-keep_last] if step not in keep)
+
+    def delete(self, steps: Iterable[int]) -> None:
+        """Delete steps."""
         if self.ranks.is_first:
-            for step in self.steps()[:-keep_last]:
-                if step not in keep:
-                    doomed = self.folder / f".partial-pruned-{step}"  # a kill leaves no step folder with files missing
-                    shutil.rmtree(doomed, ignore_errors=True)
-                    os.replace(self.path(step), doomed)
-                    shutil.rmtree(doomed, ignore_errors=True)
+            for step in steps:
+                doomed = self.folder / f".partial-doomed-{step}"  # a kill leaves no step folder with files missing
+                shutil.rmtree(doomed, ignore_errors=True)
+                os.replace(self.path(step), doomed)
+                shutil.rmtree(doomed, ignore_errors=True)

@@ -114,6 +114,11 @@ class DistMuonAdamW(MuonAdamW):
                 self.parameters[name].grad = rows.to(self.parameters[name].dtype)
         self.finished = True
 
+    def gradients(self) -> list[torch.Tensor]:
+        """Summed gradients at this rank's rows, waited for."""
+        self.finish_gradients()
+        return super().gradients()
+
     def zero_grad(self) -> None:
         """Drop all gradients, those under way included."""
         super().zero_grad()
@@ -121,19 +126,24 @@ class DistMuonAdamW(MuonAdamW):
         self.finished = False
 
     @torch.no_grad()
-    def step(self, lr_scale: float, momentum: float, weight_decay_scale: float) -> None:
-        """One update of every parameter that has a gradient on any rank, with the schedule's multipliers."""
+    def step(
+        self, lr_scale: float, momentum: float, weight_decay_scale: float, keep: torch.Tensor | None = None
+    ) -> None:
+        """One update of every parameter that has a gradient on any rank; arguments as for ``MuonAdamW``.
+
+        ``keep`` must be equal on all ranks.
+        """
         self.finish_gradients()
         sent = []
         for shape, names in self._present_stacks().items():
             exchange = StackExchange(shape, names, self.owners, self.ranks)
-            ahead = {name: self._look_ahead(name, momentum) for name in names}
+            ahead = {name: self._look_ahead(name, momentum, keep) for name in names}
             sent.append((shape, exchange, *exchange.to_owners(ahead)))
-        self._step_adamw(lr_scale)
+        self._step_adamw(lr_scale, keep)
         returned = []
         for shape, exchange, arrived, pending in sent:
             pending.wait()
-            returned.append((shape, exchange, *exchange.to_shards(self._directions(exchange, arrived))))
+            returned.append((shape, exchange, *exchange.to_shards(self._directions(exchange, arrived, keep))))
         for shape, exchange, arrived, pending in returned:
             pending.wait()
             rates = self._muon_rates(shape, lr_scale, weight_decay_scale)
@@ -141,13 +151,13 @@ class DistMuonAdamW(MuonAdamW):
                 descend(self.parameters[name], update, *rates)
         self.gather_replicas()
 
-    def _look_ahead(self, name: str, momentum: float) -> torch.Tensor:
+    def _look_ahead(self, name: str, momentum: float, keep: torch.Tensor | None) -> torch.Tensor:
         state = self.muon_state.setdefault(name, {})
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(self.parameters[name])
-        return nesterov(self.parameters[name].grad, state["momentum"], momentum)
+        return nesterov(self.parameters[name].grad, state["momentum"], momentum, keep)
 
-    def _directions(self, exchange: StackExchange, arrived: torch.Tensor) -> torch.Tensor:
+    def _directions(self, exchange: StackExchange, arrived: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
         """Updates ``[M, rows, cols]`` of the matrices that this rank owns."""
         stack, second = exchange.stack(arrived), None
         if not exchange.mine:
@@ -157,7 +167,7 @@ class DistMuonAdamW(MuonAdamW):
             states = [self.muon_state[name] for name in exchange.mine]
             second = torch.stack([state.get("second_moment", stack.new_zeros(shape)) for state in states])
         beta2, iteration = self.recipe.muon_beta2, self.recipe.muon_iteration
-        update = direction(stack, second, beta2, iteration, self.iteration_dtype)
+        update = direction(stack, second, beta2, iteration, self.iteration_dtype, keep)
         if second is not None:
             for state, moment in zip(states, second, strict=True):
                 state["second_moment"] = moment

@@ -70,18 +70,38 @@ def second_moment_shape(rows: int, cols: int) -> tuple[int, int]:
     return (rows, 1) if rows >= cols else (1, cols)
 
 
-def nesterov(gradient: torch.Tensor, momentum_buffer: torch.Tensor, momentum: float) -> torch.Tensor:
-    """Update the momentum in place and look ahead; elementwise, any shape."""
+def nesterov(
+    gradient: torch.Tensor, momentum_buffer: torch.Tensor, momentum: float, keep: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Update the momentum in place and look ahead; elementwise, any shape.
+
+    Where the 0-dim bool ``keep`` is false the momentum stays, bit for bit, and a non-finite gradient goes no further.
+    """
+    if keep is not None:
+        gradient = torch.where(keep, gradient, momentum_buffer)
     momentum_buffer.lerp_(gradient, 1.0 - momentum)
     return torch.lerp(gradient, momentum_buffer, momentum)
 
 
 def direction(
-    x: torch.Tensor, second_moment: torch.Tensor | None, beta2: float, iteration: str, dtype: torch.dtype | None
+    x: torch.Tensor,
+    second_moment: torch.Tensor | None,
+    beta2: float,
+    iteration: str,
+    dtype: torch.dtype | None,
+    keep: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """What a stack of looked-ahead momenta ``[M, rows, cols]`` moves along: orthogonalised, normalised."""
+    """What a stack of looked-ahead momenta ``[M, rows, cols]`` moves along: orthogonalised, normalised.
+
+    Zero where the 0-dim bool ``keep`` is false: ``descend`` then neither moves nor decays; the second moment stays.
+    """
     update = orthogonalize(x, iteration, dtype)
-    return update if second_moment is None else normalize_variance(update, second_moment, beta2)
+    before = None if keep is None or second_moment is None else second_moment.clone()
+    if second_moment is not None:
+        update = normalize_variance(update, second_moment, beta2)
+    if before is not None:
+        second_moment.copy_(torch.where(keep, second_moment, before))
+    return update if keep is None else torch.where(keep, update, 0.0)
 
 
 def muon_update(
@@ -92,9 +112,11 @@ def muon_update(
     beta2: float,
     iteration: str,
     dtype: torch.dtype | None,
+    keep: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Direction of one Muon step for a stack ``[M, rows, cols]``: Nesterov momentum, orthogonalised, normalised."""
-    return direction(nesterov(gradient, momentum_buffer, momentum), second_moment, beta2, iteration, dtype)
+    ahead = nesterov(gradient, momentum_buffer, momentum, keep)
+    return direction(ahead, second_moment, beta2, iteration, dtype, keep)
 
 
 def descend(parameter: torch.Tensor, update: torch.Tensor, lr: float, decay: float) -> None:

@@ -116,16 +116,27 @@ class MuonAdamW:
         """Wrap the backward pass of every micro-batch; ``last`` marks that of a step."""
         return contextlib.nullcontext()
 
-    @torch.no_grad()
-    def step(self, lr_scale: float, momentum: float, weight_decay_scale: float) -> None:
-        """One update of every parameter that has a gradient, with the schedule's multipliers."""
-        self._step_adamw(lr_scale)
-        for shape, names in self._present_stacks().items():
-            self._step_stack(names, momentum, *self._muon_rates(shape, lr_scale, weight_decay_scale))
+    def gradients(self) -> list[torch.Tensor]:
+        """The gradients that this process will apply: each element of the whole is held by one rank."""
+        return [p.grad for p in self.parameters.values() if p.grad is not None]
 
-    def _step_adamw(self, lr_scale: float) -> None:
+    @torch.no_grad()
+    def step(
+        self, lr_scale: float, momentum: float, weight_decay_scale: float, keep: torch.Tensor | None = None
+    ) -> None:
+        """One update of every parameter that has a gradient, with the schedule's multipliers.
+
+        ``keep``, a 0-dim bool tensor, decides where it lives whether there is an update at all: where it is false,
+        weights and state stay bit for bit as they were, and nobody waits for it.
+        """
+        self._step_adamw(lr_scale, keep)
+        for shape, names in self._present_stacks().items():
+            self._step_stack(names, momentum, *self._muon_rates(shape, lr_scale, weight_decay_scale), keep)
+
+    def _step_adamw(self, lr_scale: float, keep: torch.Tensor | None) -> None:
         for group in self.adamw.param_groups:
             group["lr"] = group["base_lr"] * lr_scale * self.batch_scale
+        self.adamw.found_inf = None if keep is None else (~keep).float()
         self.adamw.step()
 
     def _present_stacks(self) -> dict[torch.Size, list[str]]:
@@ -141,15 +152,16 @@ class MuonAdamW:
         lr = self.recipe.matrix_lr * lr_scale * self.batch_scale * max(1.0, shape[0] / shape[1]) ** 0.5
         return lr, self.recipe.weight_decay * weight_decay_scale * self.batch_scale
 
-    def _step_stack(self, names: list[str], momentum: float, lr: float, decay: float) -> None:
+    def _step_stack(
+        self, names: list[str], momentum: float, lr: float, decay: float, keep: torch.Tensor | None
+    ) -> None:
         states = [self._state(name) for name in names]
         buffer = torch.stack([state["momentum"] for state in states])
         normalise = self.recipe.muon_beta2 < 1.0
         second = torch.stack([state["second_moment"] for state in states]) if normalise else None
         gradient = torch.stack([self.parameters[name].grad for name in names])
-        update = muon_update(
-            gradient, buffer, second, momentum, self.recipe.muon_beta2, self.recipe.muon_iteration, self.iteration_dtype
-        )
+        beta2, iteration = self.recipe.muon_beta2, self.recipe.muon_iteration
+        update = muon_update(gradient, buffer, second, momentum, beta2, iteration, self.iteration_dtype, keep)
         for i, (name, state) in enumerate(zip(names, states, strict=True)):
             state["momentum"].copy_(buffer[i])
             if normalise:

@@ -8,10 +8,10 @@ before, and within rounding on any other number: every step reads the same rows,
 from __future__ import annotations
 
 import dataclasses
-import json
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,14 @@ import torch
 
 from cognica_poe.data.rows import Rows
 from cognica_poe.errors import TrainingStopped, UserError
-from cognica_poe.files import write_bytes
 from cognica_poe.modeling.configuration_cognica_poe import CognicaPoEConfig
 from cognica_poe.modeling.modeling_cognica_poe import CognicaPoEForCausalLM
 from cognica_poe.recipes import ModelRecipe, Recipe
 from cognica_poe.training.checkpoint import Checkpoint, CheckpointFolder
 from cognica_poe.training.collectives import Ranks
 from cognica_poe.training.distributed import DistMuonAdamW, DistributedRecipe
+from cognica_poe.training.faults import FaultRecipe, LateRead, SpikePolicy, StepGuard, find_divergence, hash_parameters
+from cognica_poe.training.journal import Journal
 from cognica_poe.training.memory import keep_freed_memory
 from cognica_poe.training.objective import Objective
 from cognica_poe.training.optimizer import MuonAdamW
@@ -57,6 +58,16 @@ def _rows_of_a_rank(recipe: Recipe, world: int) -> int:
     return training.batch_rows // world
 
 
+@dataclass(frozen=True)
+class _Unread:
+    """A step whose figures are on their way to the host."""
+
+    step: int
+    began: float
+    losses: torch.Tensor
+    figures: LateRead
+
+
 class Trainer:
     """Trains one recipe inside a run folder.
 
@@ -70,6 +81,7 @@ class Trainer:
         progress: receives ``(step, metrics)`` after every step, on the first rank.
         ranks: this process among those of the run; all of them share the run folder.
         distributed: how several ranks share a step.
+        faults: when a step is left out, when the run rolls back, when ranks are compared.
     """
 
     def __init__(
@@ -83,6 +95,7 @@ class Trainer:
         progress: Callable[[int, dict[str, Any]], None] = lambda step, metrics: None,
         ranks: Ranks | None = None,
         distributed: DistributedRecipe | None = None,
+        faults: FaultRecipe | None = None,
     ):
         keep_freed_memory()
         self.recipe, self.run, self.rows, self.ranks = recipe, Path(run), rows, ranks or Ranks()
@@ -107,12 +120,18 @@ class Trainer:
                 block.compile()
         self.optimizer = self._optimizer(distributed or DistributedRecipe())
         self.schedule = Schedule(training.schedule, training.steps)
+        self.faults = faults or FaultRecipe()
+        self.guard = StepGuard(self.faults, self.ranks.mean, self.ranks.world, self.device)
+        self.policy = SpikePolicy(self.faults)
         self.step = 0
         if found is not None:
             self._restore(found)
-        self.events = _Lines(self.run / "events.jsonl", self.ranks.is_first)
-        self.metrics = _Lines(self.run / "metrics.jsonl", self.ranks.is_first, keep_until=self.step)
+        self.events = Journal(self.run / "events.jsonl", self.ranks.is_first)
+        self.metrics = Journal(self.run / "metrics.jsonl", self.ranks.is_first, keep_until=self.step)
         self._stop = False
+        self._unread: list[_Unread] = []
+        self._last_read = 0.0
+        self.lateness = 0 if self.device.type == "cpu" else 1  # steps under way while the host reads an earlier one
 
     def _optimizer(self, distributed: DistributedRecipe) -> MuonAdamW:
         training = self.recipe.training
@@ -137,6 +156,9 @@ class Trainer:
             else:
                 self.model.load_state_dict(dict(found.weights))
             self.optimizer.load_state_dict(found.optimizer)
+            if "guard" in found.state:
+                self.guard.restore(found.state["guard"])
+                self.policy.restore(found.state["policy"])
         except (RuntimeError, ValueError) as error:
             first = str(error).strip().splitlines()[-1].strip()
             raise UserError(f"{self.checkpoints.path(found.step)} does not fit this recipe: {first}") from error
@@ -148,7 +170,8 @@ class Trainer:
 
         Raises:
             TrainingStopped: after SIGTERM or SIGINT on any rank, once the step was saved; on every rank.
-            UserError: the loss became non-finite (nothing of that step is applied), or the disk is full.
+            UserError: loss or gradient stayed non-finite or spikes came back (no such step is applied), the weights of
+                the ranks came to differ, or the disk is full.
         """
         training = self.recipe.training
         released = set(self.recipe.released_steps())
@@ -158,12 +181,15 @@ class Trainer:
             if self.step in released:
                 self._save_and_release(at_release)
             while self.step < training.steps:
-                metrics = self._train_step()
-                self.metrics.write(metrics)
-                if self.ranks.is_first:
-                    self.progress(self.step, metrics)
+                self._train_step()
+                went_on = self._read(self.lateness)
                 due = self.step % training.checkpoint_every == 0 or self.step in released
-                if self.ranks.any([self._stop])[0]:
+                stop = self.ranks.any([self._stop])[0]
+                if not (went_on and (not (due or stop) or self._read(0))):
+                    continue  # rolled back
+                if due or stop or (self.faults.compare_ranks_every and not self.step % self.faults.compare_ranks_every):
+                    self._compare_ranks()
+                if stop:
                     self._save()
                     self.events.write({"event": "stopped", "step": self.step})
                     raise TrainingStopped(self.step)
@@ -174,8 +200,12 @@ class Trainer:
             for sig, handler in previous.items():
                 signal.signal(sig, handler)
 
-    def _train_step(self) -> dict[str, Any]:
+    def _train_step(self) -> None:
+        """Launch a step; its figures wait in ``_unread``. Steps that a roll-back passes over are only counted."""
         training, began = self.recipe.training, time.perf_counter()
+        if self.policy.passes_over(self.step):
+            self.step += 1
+            return
         batch = self.rows.batch(self.step, training.batch_rows)
         first = self.ranks.rank * self.rank_rows
         micro = torch.from_numpy(batch[first : first + self.rank_rows]).to(self.device).split(training.micro_rows)
@@ -183,28 +213,99 @@ class Trainer:
         for i, rows in enumerate(micro):
             with self.optimizer.micro_batch(last=i == len(micro) - 1):
                 losses = losses + self.objective.backward(rows[:, :-1], rows[:, 1:], scale)
-        values = self.ranks.mean(losses / len(micro)).tolist()
-        if not all(value == value and abs(value) != float("inf") for value in values):
-            self.events.write({"event": "non-finite loss", "step": self.step})
-            raise UserError(
-                f"the loss is not finite at step {self.step}: nothing of this step was applied; "
-                "lower the learning rates and --resume from the last checkpoint"
-            )
-        lr_scale = self.schedule.lr_scale(self.step)
-        self.optimizer.step(
-            lr_scale, self.schedule.muon_momentum(self.step), self.schedule.weight_decay_scale(self.step)
-        )
+        losses = losses / len(micro)
+        keep = self.guard.check(losses.mean(), self.optimizer.gradients())
+        schedule = self.schedule
+        rates = schedule.lr_scale(self.step), schedule.muon_momentum(self.step), schedule.weight_decay_scale(self.step)
+        if self.device.type != "cpu":
+            self.optimizer.step(*rates, keep=keep)
+        elif keep:  # reading costs nothing here, selecting would
+            self.optimizer.step(*rates)
         self.optimizer.zero_grad()
+        self._unread.append(
+            _Unread(self.step, began, self._to_host(self.ranks.mean(losses)), self.guard.figures(self.step))
+        )
         self.step += 1
-        tokens = training.batch_rows * self.recipe.model.max_position_embeddings
-        return {
-            "step": self.step,
+
+    def _to_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy under way; complete once figures asked for later have arrived."""
+        host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+        return host.copy_(tensor, non_blocking=True)
+
+    def _read(self, late: int) -> bool:
+        """Take in the figures of all but the last ``late`` steps. False when that led back to a checkpoint."""
+        while len(self._unread) > late:
+            unread = self._unread.pop(0)
+            figures = unread.figures.read()
+            first = (*self.policy.left_out, figures.step)[0]
+            decision = self.policy.observe(figures)
+            if decision.action == "go":
+                self._record(unread, figures.gradient_norm)
+                continue
+            self.log(
+                f"step {figures.step} left out ({figures.verdict}): loss {figures.loss:.4g}, "
+                f"gradient norm {figures.gradient_norm:.4g}"
+            )
+            if decision.action == "left_out":
+                self.events.write(decision.event)
+                continue
+            found = self.checkpoints.load_latest(decision.before) if decision.action == "roll_back" else None
+            if found is None:
+                self._give_up(first, figures.verdict)
+            self.events.write({**decision.event, "to": found.step})
+            self._roll_back(found)
+            return False
+        return True
+
+    def _record(self, unread: _Unread, gradient_norm: float) -> None:
+        now, values = time.perf_counter(), unread.losses.tolist()
+        tokens = self.recipe.training.batch_rows * self.recipe.model.max_position_embeddings
+        metrics = {
+            "step": unread.step + 1,
             "loss": sum(values) / len(values),
             "loss_stages": values,
-            "lr_scale": lr_scale,
-            "tokens": tokens * self.step,
-            "tokens_per_second": tokens / (time.perf_counter() - began),
+            "gradient_norm": gradient_norm,
+            "lr_scale": self.schedule.lr_scale(unread.step),
+            "tokens": tokens * (unread.step + 1),
+            "tokens_per_second": tokens / (now - max(unread.began, self._last_read)),
         }
+        self._last_read = now
+        self.metrics.write(metrics)
+        if self.ranks.is_first:
+            self.progress(unread.step + 1, metrics)
+
+    def _give_up(self, first: int, verdict: str) -> None:
+        if verdict == "non-finite":
+            self.events.write({"event": "non-finite loss", "step": first})
+            raise UserError(
+                f"loss or gradient is not finite at step {first}: nothing since was applied, and no checkpoint helps; "
+                "lower the learning rates and --resume from the last checkpoint"
+            )
+        self.events.write({"event": "stop after repeated spikes", "step": first})
+        raise UserError(
+            f"loss or gradient norm spikes at step {first}, after {len(self.policy.ranges)} roll-backs; "
+            "lower the learning rates and --resume from the last checkpoint"
+        )
+
+    def _roll_back(self, found: Checkpoint) -> None:
+        """Go on from an earlier checkpoint; what was trained since is forgotten."""
+        self._unread.clear()
+        self.optimizer.zero_grad()
+        self._restore(found)
+        self.metrics.drop_after(self.step)
+        self.checkpoints.delete(step for step in self.checkpoints.steps() if step > self.step)
+
+    def _compare_ranks(self) -> None:
+        """Raises UserError when the replicas of the weights are not the same on all ranks, bit for bit."""
+        if self.ranks.world == 1:
+            return
+        divergence = find_divergence(self.ranks.together(lambda: hash_parameters(self.model.named_parameters())))
+        if divergence is not None:
+            self.events.write({"event": "ranks differ", "step": self.step, "found": str(divergence)})
+            raise UserError(
+                f"{divergence} at step {self.step}: a device or link computes wrongly; "
+                "check it and --resume from the last checkpoint"
+            )
 
     def _save_and_release(self, at_release: Callable[[int], None] | None) -> None:
         self._save()
@@ -216,6 +317,7 @@ class Trainer:
     def _save(self) -> None:
         dtype = str(self.compute_dtype).removeprefix("torch.")
         state = {"rows": self.rows.fingerprint, "compute_dtype": dtype, "ranks": self.ranks.world}
+        state |= {"guard": self.guard.state(), "policy": self.policy.state()}
         sharded = isinstance(self.optimizer, DistMuonAdamW)
         weights = self.optimizer.weights() if sharded else self.model.state_dict()
         self.checkpoints.save(Checkpoint(self.step, weights, self.optimizer.state_dict(), state))
@@ -234,26 +336,3 @@ class Trainer:
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "torch": torch.__version__,
         }
-
-
-class _Lines:
-    """A .jsonl file, one flushed line per record; on resume, lines of steps that will be repeated are dropped."""
-
-    def __init__(self, path: Path, writes: bool, keep_until: int | None = None):
-        self.path, self.writes = path, writes
-        if writes and keep_until is not None and path.is_file():
-            kept = []
-            for line in path.read_bytes().splitlines():
-                try:
-                    if json.loads(line)["step"] <= keep_until:
-                        kept.append(line + b"\n")
-                except (ValueError, KeyError, TypeError):
-                    continue  # the line that a kill cut off
-            write_bytes(path, b"".join(kept))
-
-    def write(self, record: dict[str, Any]) -> None:
-        if not self.writes:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")

@@ -250,3 +250,25 @@ def test_rates_of_the_3b_recipe():
         polar = a * polar + b * polar**3 + c * polar**5
     assert gate.norm().item() == pytest.approx(0.01837 * polar, rel=1e-3)
     assert polar == pytest.approx(1.0, abs=0.15)
+
+
+@pytest.mark.parametrize("changes", [{}, {"muon_beta2": 1.0}])
+def test_a_step_left_out_leaves_no_trace(changes):
+    """With ``keep`` false, weights and state stay bit for bit; with true, it is the step without ``keep``."""
+    model, plain = make_model(dtype=torch.float32), make_model(dtype=torch.float32)
+    optimizer, other = (MuonAdamW(m, OptimizerRecipe(**changes), TOKENS) for m in (model, plain))
+    for step in range(4):
+        for m in (model, plain):
+            set_gradients(m, step)
+        optimizer.step(0.9, 0.9, 0.5, keep=torch.tensor(True))
+        other.step(0.9, 0.9, 0.5)
+        set_gradients(model, 100 + step)
+        if step % 2:
+            for gradient in optimizer.gradients():
+                gradient.view(-1)[0] = float("nan" if step == 1 else "inf")
+        optimizer.step(0.9, 0.9, 0.5, keep=torch.tensor(False))
+    for name, value in values(plain).items():
+        assert torch.equal(value, values(model)[name]), name
+    assert optimizer.state_dict().keys() == other.state_dict().keys()
+    for name, value in other.state_dict().items():
+        assert torch.equal(value, optimizer.state_dict()[name]), name
