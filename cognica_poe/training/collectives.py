@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,6 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from cognica_poe.errors import UserError
 
@@ -139,8 +142,47 @@ def join_ranks(timeout: timedelta = TIMEOUT) -> Iterator[Ranks]:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
-    ranks = Ranks(dist.get_rank(), dist.get_world_size(), restarts)
+    store, rank, world = next(rendezvous("env://", timeout=timeout))
+    store = dist.PrefixStore(agree_on_prefix(store, rank, world, timeout), store)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    ranks = Ranks(rank, world, restarts)
     ranks.warm_up(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     yield ranks
     dist.destroy_process_group()  # not after an exception: peers may hang in it, and the process ends anyway
+
+
+def agree_on_prefix(store: dist.Store, rank: int, world: int, timeout: timedelta = TIMEOUT) -> str:
+    """A word that the ranks of this attempt share and that no earlier attempt has used.
+
+    torchrun keeps one store over restarts, in which a rank would find the addresses of dead peers (pytorch issue
+    135712); its count of restarts may differ between nodes. So the first rank draws a word and hands it to whoever
+    greets it; a greeting left over from an earlier attempt is answered in vain. Raises TimeoutError.
+    """
+    deadline, own = time.monotonic() + timeout.total_seconds(), uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"greeting/{rank}", own)
+        while (answer := _peek(store, f"answer/{rank}")).partition(" ")[0] != own:
+            _pause(deadline, "the first rank")
+        word = answer.partition(" ")[2]
+        store.set(f"joined/{rank}", word)
+        return word
+    for peer in range(1, world):
+        answered = ""
+        while _peek(store, f"joined/{peer}") != own:
+            greeting = _peek(store, f"greeting/{peer}")
+            if greeting != answered:
+                store.set(f"answer/{peer}", f"{greeting} {own}")
+                answered = greeting
+            _pause(deadline, f"rank {peer}")
+    return own
+
+
+def _peek(store: dist.Store, key: str) -> str:
+    return store.get(key).decode() if store.check([key]) else ""
+
+
+def _pause(deadline: float, whom: str) -> None:
+    if time.monotonic() > deadline:
+        raise TimeoutError(f"{whom} did not join the run in time")
+    time.sleep(0.02)
