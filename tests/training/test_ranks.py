@@ -99,8 +99,8 @@ def plain(prepared, tmp_path_factory):
     return run_ranks(1, train_alone, run)[0]
 
 
-def train_alone(ranks, run):
-    return train(Ranks(), run, dtype=torch.float64)
+def train_alone(ranks, run, dtype=torch.float64, compute_dtype="float32"):
+    return train(Ranks(), run, dtype=dtype, compute_dtype=compute_dtype)
 
 
 @pytest.mark.parametrize("world", WORLDS[1:])
@@ -162,6 +162,32 @@ def test_resume_on_other_ranks(first, second, fresh, plain):
 def test_any_number_of_ranks_resumes_any_other(first, second, fresh, plain):
     weights, _ = resumed(fresh, first, second, torch.float64)
     assert error(weights, plain[STEPS]) <= 1e-6
+
+
+def losses(run):
+    return torch.tensor([json.loads(line)["loss_stages"] for line in (run / "metrics.jsonl").read_text().splitlines()])
+
+
+@pytest.mark.slow  # emulated bf16
+def test_bf16_replicas_train_like_autocast_and_resume_exactly(fresh):
+    """Ranks compute with bf16 weights where one process casts fp32 ones; checkpoints hold the fp32 masters."""
+    one, two = fresh("one"), fresh("two")
+    run_ranks(1, train_alone, one, torch.float32, "bfloat16")
+    options = {"compute_dtype": "bfloat16"}
+    history = run_ranks(2, train_with, two, options)[0]
+    assert (
+        history[STEPS]["lm_head.weight"].dtype == torch.bfloat16 and history[STEPS]["x0_lambdas"].dtype == torch.float32
+    )
+    assert all(value.dtype == torch.float32 for value in checkpoint(two).values())
+    torch.testing.assert_close(losses(two), losses(one), rtol=0.02, atol=0)
+    resumed = fresh("resumed")
+    for until, resume in ((3, False), (None, True)):
+        run_ranks(2, train_with, resumed, {**options, "until": until, "resume": resume})
+    assert_bit_equal(checkpoint(resumed), checkpoint(two))
+
+
+def train_with(ranks, run, options):
+    return train(ranks, run, **options)
 
 
 def test_ranks_must_share_the_rows_evenly(fresh):
