@@ -13,79 +13,12 @@ from cognica_poe.bench_commands import COMMANDS as BENCH_COMMANDS
 from cognica_poe.errors import UserError
 from cognica_poe.generation import GenerationOptions, generate, load_model
 from cognica_poe.plan_command import PlanArguments, plan
-from cognica_poe.progress import TrainingProgress, log
+from cognica_poe.progress import log
 from cognica_poe.recipes import Recipe, find_recipe
-from cognica_poe.tables import as_dicts, figures, print_json, print_records, print_samples, table
+from cognica_poe.run_commands import RunArguments, TrainArguments, run, train
+from cognica_poe.tables import as_dicts, figures, print_json, print_records, table
 
 Positional = tyro.conf.Positional
-Flattened = Annotated[Recipe, tyro.conf.arg(name="")]
-SAMPLE_PROMPT = "Return a list of the"
-
-
-@dataclasses.dataclass(frozen=True)
-class RunArguments:
-    """Train a recipe and release it. Every field of the recipe is an option."""
-
-    recipe: Flattened
-    out: Path
-    """Run folder."""
-    resume: bool = False
-    """Go on with an interrupted run."""
-    json: bool = False
-    """Print one JSON document instead of tables."""
-
-    @classmethod
-    def of(cls, recipe: Recipe) -> RunArguments:
-        """Arguments of a recipe in ``runs/NAME``."""
-        return cls(recipe, Path("runs") / recipe.name)
-
-
-def run(arguments: RunArguments) -> None:
-    """Whole life of a model: data, tokenizer, training, a measured release per step, report, sample text."""
-    from cognica_poe import life
-
-    recipe, out = arguments.recipe.check(), arguments.out
-    with TrainingProgress(recipe.training.steps) as progress:
-        steps = life.live(recipe, out, resume=arguments.resume, log=log, progress=progress)
-    model, tokenizer = load_model(str(out / "release" / f"step-{steps[-1]}"))
-    modes = ("full", "prefix", "wand", "speculative") if recipe.model.poe_mode != "none" else ("full",)
-    length = min(64, recipe.model.max_position_embeddings // 2)
-    samples = [
-        generate(model, tokenizer, SAMPLE_PROMPT, GenerationOptions(mode=mode, max_new_tokens=length))  # type: ignore
-        for mode in modes
-    ]
-    records = life.load_records(out / "analysis")
-    if arguments.json:
-        record = records[-1].model_dump(mode="json")
-        return print_json({"run": str(out), "steps": steps, "record": record, "samples": as_dicts(samples)})
-    print_records(records)
-    print_samples(samples)
-    print(f"\nrun folder        {out}")
-    print(f"report            {out / 'report' / 'index.html'}")
-    print(f"records           {out / 'analysis'}/step-N.json for N in {', '.join(map(str, steps))}")
-    print(f"releases          {out / 'release'}/step-N")
-    hub = out / "release" / "hub"
-    print(f'local Hub cache   AutoModelForCausalLM.from_pretrained("{recipe.release.repo_id}",')
-    print(f'                      revision="step-{steps[-1]}", cache_dir="{hub}",')
-    print("                      local_files_only=True, trust_remote_code=True)")
-
-
-def train(arguments: RunArguments) -> None:
-    """Train only; checkpoints land in OUT/checkpoints."""
-    from cognica_poe import life
-    from cognica_poe.training.trainer import Trainer
-
-    recipe = arguments.recipe.check()
-    life.prepare(recipe, arguments.out, log, arguments.resume)
-    rows = life.open_rows(arguments.out, recipe, log)
-    with TrainingProgress(recipe.training.steps) as progress:
-        trainer = Trainer(recipe, arguments.out, rows, resume=arguments.resume, log=log, progress=progress)
-        trainer.train()
-    steps = life.checkpoint_steps(arguments.out, ())
-    if arguments.json:
-        return print_json({"run": str(arguments.out), "checkpoints": steps})
-    print(f"trained {recipe.name} to step {trainer.step}; checkpoints of steps {', '.join(map(str, steps))}")
-    print(f"next: cognica-poe analyze {arguments.out}")
 
 
 def params(recipe: Positional[str], json: bool = False) -> None:
@@ -332,6 +265,6 @@ class RecipeCommand:
 
 RECIPE_COMMANDS = {
     "run": RecipeCommand(run, "--out DIR [--resume]", "tiny --out runs/tiny", RunArguments.of),
-    "train": RecipeCommand(train, "--out DIR [--resume]", "tiny --out runs/tiny", RunArguments.of),
+    "train": RecipeCommand(train, "--out DIR [--resume]", "tiny --out runs/tiny", TrainArguments.of),
     "plan": RecipeCommand(plan, "--gpus N [--gpu NAME] [--nodes N]", "3b --gpus 12 --gpu a100-80g", PlanArguments),
 }

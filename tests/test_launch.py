@@ -1,10 +1,16 @@
 """The commands of docs/launch.md are commands that exist."""
 
+import functools
+import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from cognica_poe import cli, commands
 
@@ -43,8 +49,6 @@ def test_documented_commands_parse(arguments, monkeypatch):
 
 
 def _recorder(function, called):
-    import functools
-
     @functools.wraps(function)
     def record(*args, **kwargs):
         called.append((args, kwargs))
@@ -70,3 +74,45 @@ def test_the_table_holds_the_recipes_values():
         f"{recipe.training.schedule.warmup_steps:,} steps",
     ):
         assert number in text, number
+
+
+@pytest.fixture(scope="module")
+def recipe_file(tmp_path_factory):
+    from tests.runs import small_recipe, write_texts
+
+    folder = tmp_path_factory.mktemp("launch")
+    small_recipe(write_texts(folder / "texts"), micro_rows=1, compute_dtype="float32").save(folder / "recipe.json")
+    return folder / "recipe.json"
+
+
+def torchrun(ranks, *arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command += ["-m", "cognica_poe.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+@pytest.mark.slow
+def test_train_under_torchrun_is_one_run(recipe_file, tmp_path):
+    """Two ranks make one run folder, print once, resume, and end where one process ends."""
+    from cognica_poe.training.checkpoint import CheckpointFolder
+
+    out = tmp_path / "two"
+    done = torchrun(2, "train", recipe_file, "--out", out, "--json", "--grad-sync", "last_microbatch")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["checkpoints"][-1] == 12
+    again = torchrun(2, "train", recipe_file, "--out", out, "--resume")
+    assert again.returncode == 0 and again.stdout.count("trained small-test to step 12") == 1, again.stderr
+    cli.dispatch(["train", str(recipe_file), "--out", str(tmp_path / "one")])
+    one, two = (CheckpointFolder(tmp_path / name / "checkpoints").load(12).weights for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_mistakes_under_torchrun_are_one_line(recipe_file, tmp_path):
+    done = torchrun(3, "train", recipe_file, "--out", tmp_path / "three")
+    assert done.returncode and "cannot be shared by 3 ranks" in done.stderr
+    done = torchrun(2, "run", recipe_file, "--out", tmp_path / "life")
+    assert done.returncode and "under torchrun use `train`" in done.stderr and not (tmp_path / "life").exists()

@@ -134,6 +134,7 @@ def measure(case: Case) -> dict[str, Any]:
         "gemm_flops_per_s": rate,
         "step_seconds": seconds,
         "update_share": statistics.median(updates) / seconds,
+        "tokens_per_cpu_s": case.steps * tokens / max(user + kernel, 1e-9),
         "system_time_share": kernel / max(user + kernel, 1e-9),
         "cpu_share": busy,
         "tokens_per_step": tokens,
