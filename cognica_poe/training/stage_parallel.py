@@ -79,6 +79,7 @@ class StageParallelObjective(Objective):
         self.ranks = ranks
         self.stages = assign_stages(model.config, ranks.world)[ranks.rank]
         self.under_way: list[Pending] = []
+        self.finished = False
         self._drop_other_stages()
 
     def _drop_other_stages(self) -> None:
@@ -98,7 +99,8 @@ class StageParallelObjective(Objective):
         return {name: p for name, p in self.model.named_parameters() if not name.startswith(own)}
 
     def _flat(self, ids, targets, scale, autocast) -> torch.Tensor:
-        """Losses ``[K]``, zero for the stages of other ranks."""
+        """Losses ``[K]``: own ones times the number of ranks, others zero, so that the mean over ranks is each loss."""
+        self.finished = False
         with autocast:
             x0_graph = self._embed(ids)
         x0 = x0_graph.detach().requires_grad_()
@@ -112,7 +114,7 @@ class StageParallelObjective(Objective):
                     self._send(x.detach())
                 loss = self._stage_loss(x, stage, targets, softcap_cross_entropy)
             (loss * (scale * self.stage_scale)).backward()
-            losses[stage] = loss.detach()
+            losses[stage] = loss.detach() * self.ranks.world
             x = x.detach()
         x0_graph.backward(x0.grad)
         return losses
@@ -134,11 +136,15 @@ class StageParallelObjective(Objective):
 
     @torch.no_grad()
     def finish(self) -> None:
-        """After the last micro-batch: sum the gradients of what stages share over all ranks, in one exchange."""
+        """After the last micro-batch: sum the gradients of what stages share over all ranks, in one exchange.
+
+        Does nothing when called again before the next backward.
+        """
         while self.under_way:
             self.under_way.pop(0).wait()
-        if self.ranks.world == 1:
+        if self.ranks.world == 1 or self.finished:
             return
+        self.finished = True
         parameters = list(self.shared().values())
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
@@ -158,10 +164,18 @@ class StageParallelMuonAdamW(MuonAdamW):
         self.objective = objective
         super().__init__(objective.model, recipe, batch_tokens)
 
-    def step(self, lr_scale: float, momentum: float, weight_decay_scale: float) -> None:
-        """One update, once the shared gradients are summed."""
+    def gradients(self) -> list[torch.Tensor]:
+        """As for ``MuonAdamW``: what is shared counts on the first rank alone."""
         self.objective.finish()
-        super().step(lr_scale, momentum, weight_decay_scale)
+        ours = self._ours()
+        return [p.grad for name, p in self.parameters.items() if name in ours and p.grad is not None]
+
+    def step(
+        self, lr_scale: float, momentum: float, weight_decay_scale: float, keep: torch.Tensor | None = None
+    ) -> None:
+        """One update, once the shared gradients are summed; ``keep`` as for ``MuonAdamW``."""
+        self.objective.finish()
+        super().step(lr_scale, momentum, weight_decay_scale, keep)
 
     def _ours(self) -> set[str]:
         """Names that this rank answers for in a checkpoint."""

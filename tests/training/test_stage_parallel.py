@@ -57,9 +57,7 @@ def train(ranks, stages, changes):
     losses = []
     for step in range(STEPS):
         loss = advance(objective, optimizer, step)
-        if ranks.world > 1:
-            dist.all_reduce(loss)
-        losses.append(loss)
+        losses.append(ranks.mean(loss))
     shared = {name: p.detach().clone() for name, p in objective.shared().items()}
     return optimizer.weights(), optimizer.state_dict(), shared, torch.stack(losses)
 
@@ -129,6 +127,32 @@ def test_nothing_is_sent_backward(world):
             expected += [("isend", rank + 1, states)] * MICRO
         expected.append(("all_reduce", None, (shared,)))
         assert sorted(seen, key=str) == sorted(expected, key=str)
+
+
+def norms(ranks, stages):
+    """What a trainer's guard sees of one step, and whether a step that is left out changes anything."""
+    _, objective, optimizer = staged(ranks, stages, {"dtype": torch.float64})
+    for part in micro_batches(0):
+        objective.backward(*part, 1 / MICRO)
+    squares = sum((g.square().sum() for g in optimizer.gradients()), torch.zeros((), dtype=torch.float64))
+    again = sum((g.square().sum() for g in optimizer.gradients()), torch.zeros((), dtype=torch.float64))
+    assert torch.equal(squares, again)  # summed once
+    before = {name: value.clone() for name, value in optimizer.weights().items()}
+    optimizer.step(1.0, 0.9, 1.0, keep=torch.tensor(False))
+    unchanged = all(torch.equal(value, before[name]) for name, value in optimizer.weights().items())
+    return ranks.mean(squares) * ranks.world, unchanged
+
+
+def test_the_gradient_norm_counts_every_element_once():
+    model = fresh_model(LAYOUTS[4], dtype=torch.float64)
+    objective = Objective(model)
+    for part in micro_batches(0):
+        objective.backward(*part, 1 / MICRO)
+    expected = sum(p.grad.square().sum() for p in model.parameters() if p.grad is not None)
+    for world in (1, 2, 4):
+        for squares, unchanged in run_ranks(world, norms, LAYOUTS[4]):
+            torch.testing.assert_close(squares, expected, rtol=1e-12, atol=0)
+            assert unchanged
 
 
 def resume(ranks, stages, weights, state):
