@@ -8,7 +8,9 @@ import torch.distributed as dist
 from torch import nn
 
 from cognica_poe.training.distributed import DistMuonAdamW, DistributedRecipe
+from cognica_poe.training.objective import Objective
 from cognica_poe.training.optimizer import MuonAdamW, OptimizerRecipe, adamw_groups, group_of
+from tests.conftest import make_model
 from tests.gloo import run_ranks
 
 STEPS = 10
@@ -138,7 +140,7 @@ def test_bit_equal_run_to_run(world):
 
 
 @pytest.mark.parametrize("grad_sync", ["every_microbatch", "last_microbatch"])
-@pytest.mark.parametrize(("world", "micro_batches"), [(1, 8), (2, 4), (4, 2), (4, 1)])
+@pytest.mark.parametrize(("world", "micro_batches"), [(1, 8), (2, 4), (4, 2), (8, 1)])
 def test_ranks_and_micro_batches_trade(world, micro_batches, grad_sync, plain):
     histories = run_ranks(world, train_ranks, DistributedRecipe(grad_sync=grad_sync), micro_batches)
     assert relative_error(histories[0][-1], plain) <= 2e-6
@@ -242,3 +244,45 @@ def test_bf16_replicas_of_fp32_masters(plain):
         for replicas, _ in outcomes:
             assert replicas[name].dtype == (torch.bfloat16 if expected.ndim > 1 else torch.float32)
             assert torch.equal(replicas[name], master.to(replicas[name].dtype))
+
+
+def live_gradients(ranks, grad_sync):
+    """Largest number of gradient elements alive at once in a micro-batch, and the elements of each section."""
+    model = make_model(poe_stage_layers=[1, 2, 2], dtype=torch.float32).train()
+    objective = Objective(model)
+    sections = objective.sections()
+    options = DistributedRecipe(grad_sync=grad_sync)
+    optimizer = DistMuonAdamW(model, OptimizerRecipe(), TOKENS, ranks, options, sections)
+    parameters, most = dict(model.named_parameters()), 0
+
+    def measure(_):
+        nonlocal most
+        most = max(most, sum(p.numel() for p in parameters.values() if p.grad is not None))
+
+    for parameter in parameters.values():
+        parameter.register_post_accumulate_grad_hook(measure)
+    ids = torch.randint(97, (2, 25), generator=torch.Generator().manual_seed(ranks.rank))
+    for micro in range(2):
+        with optimizer.micro_batch(last=micro == 1):
+            objective.backward(ids[:, :-1], ids[:, 1:], 1 / 4)
+        left = sum(p.numel() for p in parameters.values() if p.grad is not None)
+    optimizer.finish_gradients()
+    gradients = {n: p.grad for n, p in optimizer.parameters.items() if p.grad is not None}
+    trained = [sum(parameters[n].numel() for n, count in section.items() if count) for section in sections]
+    return most, left, trained, gradients
+
+
+def test_full_gradients_leave_section_by_section():
+    """ZeRO-2: beside the shared section a rank never holds more than the gradients of one layer or head."""
+    for most, left, trained, _ in run_ranks(2, live_gradients, "every_microbatch"):
+        assert left == 0
+        assert most <= trained[-1] + max(trained[:-1]) < sum(trained) / 2
+
+
+def test_both_ways_of_sending_give_the_same_gradients():
+    every, once = (run_ranks(2, live_gradients, mode) for mode in ("every_microbatch", "last_microbatch"))
+    assert once[0][0] > every[0][0]
+    for (*_, first), (*_, second) in zip(every, once, strict=True):
+        assert first.keys() == second.keys()
+        for name, value in first.items():
+            torch.testing.assert_close(value, second[name], rtol=1e-4, atol=1e-6)

@@ -15,6 +15,7 @@ from cognica_poe.errors import TrainingStopped
 from cognica_poe.training import trainer as trainer_module
 from cognica_poe.training.checkpoint import CheckpointFolder
 from cognica_poe.training.collectives import Ranks
+from cognica_poe.training.distributed import DistributedRecipe
 from cognica_poe.training.trainer import Trainer, build_model
 from tests.gloo import run_ranks
 from tests.runs import small_recipe, write_texts
@@ -115,6 +116,12 @@ def test_same_run_as_one_process(world, fresh, plain):
         assert error(histories[0][step], plain[step]) <= 2e-6
     joined = CheckpointFolder(run / "checkpoints").load(STEPS).weights
     assert_bit_equal(joined, histories[0][STEPS])
+
+
+def test_one_reduction_per_step_gives_the_same_run(fresh, plain):
+    once = DistributedRecipe(grad_sync="last_microbatch")
+    history = run_ranks(2, train, fresh("run"), once, False, None, torch.float64)[0]
+    assert error(history[STEPS], plain[STEPS]) <= 2e-6
 
 
 @pytest.mark.parametrize("mode", ["hier", "none"])
