@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +16,7 @@ GradSync = Literal["every_microbatch", "last_microbatch"]
 
 @dataclass(frozen=True)
 class Gpu:
-    """A device as its vendor's data sheet gives it; rates are dense, without sparsity."""
+    """A device; rates are dense, without sparsity, from the vendor's data sheet or measured."""
 
     memory_gib: float
     bf16_tflops: float
@@ -44,7 +45,7 @@ class Cluster:
     gpus: int = 1
     """Ranks, one per GPU."""
     gpu: str = "a100-80g"
-    """Device; an unknown name lists the known ones."""
+    """Device, or "here" to measure this machine's; an unknown name lists the known ones."""
     nodes: int | None = None
     """Nodes; as few as hold at most eight GPUs each when omitted."""
     network_gbit: float = 25.0
@@ -60,12 +61,30 @@ class Cluster:
 
 
 def find_gpu(name: str) -> Gpu:
-    """A known device. Raises UserError that suggests the nearest one."""
+    """A known device, or this machine's. Raises UserError that suggests the nearest one."""
     if name in GPUS:
         return GPUS[name]
+    if name == "here":
+        return measure_here()
     near = difflib.get_close_matches(name.lower(), GPUS, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    raise UserError(f"unknown GPU {name!r}: {hint}known are {', '.join(GPUS)}")
+    raise UserError(f"unknown GPU {name!r}: {hint}known are {', '.join(GPUS)}, or here for this machine's")
+
+
+def measure_here() -> Gpu:
+    """This machine's device with the measured rates of its large products; the link between devices is assumed."""
+    import torch
+
+    from cognica_poe.bench.processes import product_rate
+    from cognica_poe.training.precision import default_device
+
+    device = default_device()
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    else:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    bf16, fp32 = (product_rate(dtype, device, 1024) / 1e12 for dtype in (torch.bfloat16, torch.float32))
+    return Gpu(memory / 2**30, bf16, fp32, GPUS["a100-80g"].link_gbyte if device.type == "cuda" else 1.0)
 
 
 def check_world(recipe: Recipe, cluster: Cluster) -> int:

@@ -45,6 +45,8 @@ class Plan:
     totals: list[Figure]
     memory: list[Figure]
     """Bytes per rank, the parts of the peak."""
+    usable_bytes: float
+    """What a rank's parts may fill."""
     fits: bool
     layouts: list[Figure]
     """Bytes per rank of parameters, gradients and optimiser state under other layouts, for comparison."""
@@ -62,14 +64,22 @@ class Planner:
     def __init__(self, recipe: Recipe, cluster: Cluster):
         self.recipe, self.cluster, self.gpu = recipe, cluster, find_gpu(cluster.gpu)
         self.N, self.nodes = cluster.gpus, check_world(recipe, cluster)
+        self.usable = USABLE * self.gpu.memory_gib * GIB
         self.rank_rows = recipe.training.batch_rows // self.N
         self.costs = Costs(recipe)
-        self.c = 4 if recipe.training.compute_dtype == "float32" else 2
+        self.c = self._compute_bytes()
         self.P = self.costs.parameters
         self.padded_matrices = sum(map(self._padded, self.costs.matrices))
         self.padded_others = sum(map(self._padded, self.costs.others))
         self.padded = self.padded_matrices + self.padded_others
         self.every = cluster.grad_sync == "every_microbatch"
+
+    def _compute_bytes(self) -> int:
+        """As training chooses: bf16 where it is at least 1.2 times faster, unless the recipe says otherwise."""
+        choice = self.recipe.training.compute_dtype
+        if choice != "auto":
+            return 4 if choice == "float32" else 2
+        return 2 if self.gpu.bf16_tflops > 1.2 * self.gpu.fp32_tflops else 4
 
     def _padded(self, shape: tuple[int, ...]) -> int:
         return math.ceil(shape[0] / self.N) * self.N * math.prod(shape[1:])
@@ -110,7 +120,7 @@ class Planner:
 
     def fits(self, rows: int) -> bool:
         """Whether a micro-batch of ``rows`` rows stays below the usable memory."""
-        return sum(figure.value for figure in self.memory(rows)) <= USABLE * self.gpu.memory_gib * GIB
+        return sum(figure.value for figure in self.memory(rows)) <= self.usable
 
     def choose_micro_rows(self) -> int:
         """The given micro-batch, or the largest divisor of a rank's rows that fits, up to the recipe's."""
@@ -215,6 +225,7 @@ class Planner:
             micro_batches=micro_batches,
             totals=self.totals(),
             memory=self.memory(rows),
+            usable_bytes=self.usable,
             fits=self.fits(rows),
             layouts=self.layouts(),
             traffic=self.traffic(micro_batches),
@@ -230,7 +241,7 @@ class Planner:
             notes.append("does not fit: use more or larger GPUs, or fewer rows in a micro-batch")
         elif rows < min(self.recipe.training.micro_rows, self.rank_rows):
             notes.append(f"micro-batches of {rows} rows: the recipe's {self.recipe.training.micro_rows} do not fit")
-        if muon > 0.03 * compute and self.recipe.training.optimizer.muon_dtype == "float32":
+        if muon > 0.03 * compute and self.costs.muon_bytes == 4 and self.gpu.bf16_tflops > self.gpu.fp32_tflops:
             notes.append("Newton-Schulz in fp32 is slow here: --training.optimizer.muon-dtype bfloat16")
         if scatter + gather > 0.1 * compute:
             hint = "--grad-sync last_microbatch, " if self.cluster.grad_sync == "every_microbatch" else ""

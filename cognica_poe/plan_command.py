@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from cognica_poe.cluster import Cluster, find_gpu
+from cognica_poe.cluster import Cluster
 from cognica_poe.recipes import Recipe
 from cognica_poe.tables import print_json, table
 
@@ -50,7 +50,7 @@ def plan(arguments: PlanArguments) -> None:
 
 
 def _print(made: Plan) -> None:
-    from cognica_poe.plan import GIB, USABLE
+    from cognica_poe.plan import GIB
 
     cluster = made.cluster
     shape = f"{made.nodes} node{'s' if made.nodes > 1 else ''} x {cluster.gpus // made.nodes} {cluster.gpu}"
@@ -59,9 +59,8 @@ def _print(made: Plan) -> None:
     table(f"run: {made.recipe}", ["total", "value", "formula"], rows)
     peak = sum(figure.value for figure in made.memory)
     verdict = "fits" if made.fits else "does not fit"
-    limit = USABLE * find_gpu(cluster.gpu).memory_gib
     rows = [[figure.name, f"{figure.value / GIB:,.2f}", figure.formula] for figure in made.memory]
-    rows.append(["peak", f"{peak / GIB:,.2f}", f"{verdict}: {limit:.1f} GiB may be filled"])
+    rows.append(["peak", f"{peak / GIB:,.2f}", f"{verdict}: {made.usable_bytes / GIB:.1f} GiB may be filled"])
     table(f"memory per rank: {where}", ["part", "GiB", "formula"], rows)
     rows = [[figure.name, f"{figure.value / GIB:,.1f}", figure.formula] for figure in made.layouts]
     table("weights, gradients and state per rank, by layout", ["layout", "GiB", "formula"], rows)

@@ -200,6 +200,18 @@ def test_one_gpu_sends_nothing():
     assert made.time[-1].value == pytest.approx(made.time[0].value + by_name(made.time)["Newton-Schulz"])
 
 
+def test_this_machine_is_measured(monkeypatch):
+    """Rates come from products on the spot, the dtype is chosen as training chooses it."""
+    for rates, expected in (({"bf16": 5e10, "fp32": 1e11}, 4), ({"bf16": 2e11, "fp32": 1e11}, 2)):
+        asked = iter((rates["bf16"], rates["fp32"]))
+        monkeypatch.setattr("cognica_poe.bench.processes.product_rate", lambda *_, asked=asked: next(asked))
+        planner = Planner(small(), Cluster(gpus=1, gpu="here", mfu=0.5))
+        assert planner.c == expected and planner.gpu.memory_gib > 0.1
+        tokens = 16 * planner.costs.config.max_position_embeddings
+        seconds = planner.costs.flops_per_token() * tokens / (max(rates.values()) * 0.5)
+        assert planner.time(1)[0].value == pytest.approx(seconds)
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
