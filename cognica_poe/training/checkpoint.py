@@ -16,6 +16,7 @@ import hashlib
 import os
 import re
 import shutil
+import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +93,8 @@ class CheckpointFolder:
 
     def __init__(self, folder: Path, log: Callable[[str], None] = lambda line: None, ranks: Ranks | None = None):
         self.folder, self.log, self.ranks = Path(folder), log, ranks or Ranks()
+        self._writer: threading.Thread | None = None
+        self._failure: BaseException | None = None
 
     def recover(self) -> None:
         """Remove what a killed run left half-written. Only for the one run that writes here."""
@@ -108,12 +111,41 @@ class CheckpointFolder:
         matches = (_STEP.fullmatch(path.name) for path in self.folder.iterdir() if path.is_dir())
         return sorted(int(match[1]) for match in matches if match)
 
-    def save(self, checkpoint: Checkpoint) -> None:
+    def save(self, checkpoint: Checkpoint, apart: Ranks | None = None) -> None:
         """Write a step atomically: no rank returns before all of it is on disk under its final name.
 
-        Raises UserError on every rank, leaving earlier steps alone, when the disk of any rank is full.
+        With ``apart`` (``Ranks.apart()``) the tensors are copied and written while training goes on; an earlier step
+        is waited for. Raises UserError on every rank, leaving earlier steps alone, when the disk of any rank is full;
+        while training goes on, the next ``save`` or ``wait`` raises it.
         """
-        ranks, path = self.ranks, self.path(checkpoint.step)
+        self.wait()
+        if apart is None:
+            self._save(checkpoint, self.ranks)
+            return
+        parts = [
+            {n: t.detach().to("cpu", copy=True) for n, t in p.items()}
+            for p in (checkpoint.weights, checkpoint.optimizer)
+        ]
+        snapshot = Checkpoint(checkpoint.step, *parts, checkpoint.state)
+        self._writer = threading.Thread(target=self._save_beside, args=(snapshot, apart), name="checkpoint")
+        self._writer.start()
+
+    def wait(self) -> None:
+        """Until nothing is being written; raises what went wrong in a save beside the training."""
+        if self._writer is not None:
+            self._writer.join()
+        self._writer, failure, self._failure = None, self._failure, None
+        if failure is not None:
+            raise failure
+
+    def _save_beside(self, checkpoint: Checkpoint, ranks: Ranks) -> None:
+        try:
+            self._save(checkpoint, ranks)
+        except BaseException as error:  # handed over to the thread that trains
+            self._failure = error
+
+    def _save(self, checkpoint: Checkpoint, ranks: Ranks) -> None:
+        path = self.path(checkpoint.step)
         groups = {"model": checkpoint.weights, "optimizer": checkpoint.optimizer}
         sizes = ranks.together(lambda: sum(t.nbytes for group in groups.values() for t in group.values()))
         ranks.first(lambda: require_space(self.folder, sum(sizes) + 2**20))

@@ -11,7 +11,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -50,6 +50,8 @@ class Ranks:
     world: int = 1
     restarts: int = 0
     """How often torchrun has restarted the workers since it was launched."""
+    group: dist.ProcessGroup | None = None
+    """Who speaks here; all processes of the run when None."""
 
     @property
     def is_first(self) -> bool:
@@ -63,7 +65,7 @@ class Ranks:
             outcome = _attempt(function)
         if self.world > 1:
             box = [outcome]
-            dist.broadcast_object_list(box, src=0)
+            dist.broadcast_object_list(box, src=0, group=self.group)
             outcome = box[0]
         if outcome[1] is not None:
             raise UserError(outcome[1])
@@ -73,7 +75,7 @@ class Ranks:
         """``function()`` on every rank; results in rank order. The first UserError of any rank is raised everywhere."""
         outcomes = [_attempt(function)] * self.world
         if self.world > 1:
-            dist.all_gather_object(outcomes, outcomes[self.rank])
+            dist.all_gather_object(outcomes, outcomes[self.rank], group=self.group)
         for _, error in outcomes:
             if error is not None:
                 raise UserError(error)
@@ -84,15 +86,20 @@ class Ranks:
         if self.world == 1:
             return list(flags)
         raised = torch.tensor(flags, dtype=torch.uint8)
-        dist.all_reduce(raised, op=dist.ReduceOp.MAX)
+        dist.all_reduce(raised, op=dist.ReduceOp.MAX, group=self.group)
         return raised.bool().tolist()
 
     def mean(self, tensor: torch.Tensor) -> torch.Tensor:
         """Mean over ranks of a small tensor, in place; NaN and infinity of one rank reach all of them."""
         if self.world > 1:
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, group=self.group)
             tensor /= self.world
         return tensor
+
+    def apart(self) -> Ranks:
+        """The same ranks over connections of their own, for agreements in a thread beside the training steps."""
+        group = dist.new_group(backend="gloo") if self.world > 1 else None
+        return replace(self, group=group)
 
     # ---- the three exchanges of a training step ------------------------------------------------------------------
 

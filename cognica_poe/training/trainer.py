@@ -131,6 +131,8 @@ class Trainer:
         self._stop = False
         self._unread: list[_Unread] = []
         self._last_read = 0.0
+        # An accelerator trains on while the host writes; where the host itself trains, nothing is won by it.
+        self.saves_apart = None if self.device.type == "cpu" else self.ranks.apart()
         self.lateness = 0 if self.device.type == "cpu" else 1  # steps under way while the host reads an earlier one
 
     def _optimizer(self, distributed: DistributedRecipe) -> MuonAdamW:
@@ -191,10 +193,12 @@ class Trainer:
                     self._compare_ranks()
                 if stop:
                     self._save()
+                    self.checkpoints.wait()
                     self.events.write({"event": "stopped", "step": self.step})
                     raise TrainingStopped(self.step)
                 if due:
                     self._save_and_release(at_release if self.step in released else None)
+            self.checkpoints.wait()
             self.events.write({"event": "end", "step": self.step})
         finally:
             for sig, handler in previous.items():
@@ -249,6 +253,7 @@ class Trainer:
             if decision.action == "left_out":
                 self.events.write(decision.event)
                 continue
+            self.checkpoints.wait()
             found = self.checkpoints.load_latest(decision.before) if decision.action == "roll_back" else None
             if found is None:
                 self._give_up(first, figures.verdict)
@@ -310,6 +315,7 @@ class Trainer:
     def _save_and_release(self, at_release: Callable[[int], None] | None) -> None:
         self._save()
         if at_release is not None:
+            self.checkpoints.wait()
             self.model.eval()
             self.ranks.first(lambda: at_release(self.step))
             self.model.train()
@@ -320,7 +326,7 @@ class Trainer:
         state |= {"guard": self.guard.state(), "policy": self.policy.state()}
         sharded = isinstance(self.optimizer, DistMuonAdamW)
         weights = self.optimizer.weights() if sharded else self.model.state_dict()
-        self.checkpoints.save(Checkpoint(self.step, weights, self.optimizer.state_dict(), state))
+        self.checkpoints.save(Checkpoint(self.step, weights, self.optimizer.state_dict(), state), self.saves_apart)
         self.checkpoints.prune(self.recipe.training.keep_checkpoints, self.recipe.released_steps())
 
     def _on_signal(self, number: int, frame: Any) -> None:

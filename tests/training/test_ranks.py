@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cognica_poe import life
-from cognica_poe.errors import TrainingStopped
+from cognica_poe.errors import TrainingStopped, UserError
 from cognica_poe.training import trainer as trainer_module
 from cognica_poe.training.checkpoint import CheckpointFolder
 from cognica_poe.training.collectives import Ranks
@@ -46,10 +46,10 @@ def fresh(prepared, tmp_path):
     return make
 
 
-def train(ranks, run, options=None, resume=False, until=None, dtype=torch.float32, **training):
+def train(ranks, run, options=None, resume=False, until=None, dtype=torch.float32, beside=False, **training):
     """Train a run folder; returns the weights of rank 0's replicas after every step of this call.
 
-    ``until`` sends SIGTERM to one rank after that step.
+    ``until`` sends SIGTERM to one rank after that step; ``beside`` saves while training goes on.
     """
     recipe = life.read_recipe(run)
     recipe = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, **training))
@@ -63,6 +63,8 @@ def train(ranks, run, options=None, resume=False, until=None, dtype=torch.float3
     trainer = Trainer(
         recipe, run, life.open_rows(run, recipe), resume=resume, progress=step_hook, ranks=ranks, distributed=options
     )
+    if beside:  # save as on an accelerator
+        trainer.saves_apart = ranks.apart()
     one_step = trainer._train_step
 
     def recorded():
@@ -169,6 +171,48 @@ def test_resume_on_other_ranks(first, second, fresh, plain):
 def test_any_number_of_ranks_resumes_any_other(first, second, fresh, plain):
     weights, _ = resumed(fresh, first, second, torch.float64)
     assert error(weights, plain[STEPS]) <= 1e-6
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_saving_beside_the_training_changes_nothing(world, fresh):
+    """Training goes on and changes the tensors while a step is being written."""
+    here, beside = fresh("here"), fresh("beside")
+    run_ranks(world, train_with, here, {"checkpoint_every": 1})
+    run_ranks(world, train_with, beside, {"checkpoint_every": 1, "beside": True})
+    steps = CheckpointFolder(here / "checkpoints").steps()
+    assert CheckpointFolder(beside / "checkpoints").steps()[-3:] == steps and steps[-1] == STEPS
+    for step in steps:
+        assert_bit_equal(checkpoint(beside, step), checkpoint(here, step))
+
+
+def fill_the_disk(ranks, run):
+    """Space ends at step 4; the error of that save arrives with the next one."""
+    recipe = life.read_recipe(run)
+    trainer = Trainer(recipe, run, life.open_rows(run, recipe), ranks=ranks)
+    trainer.saves_apart = ranks.apart()
+    write = trainer.checkpoints._write
+
+    def full(partial, part, tensors):
+        if "step-4" in partial.name and ranks.rank == 1:
+            raise UserError(f"no space left while writing {partial}")
+        return write(partial, part, tensors)
+
+    trainer.checkpoints._write = full
+    try:
+        trainer.train()
+    except UserError as error:
+        return trainer.step, str(error)
+
+
+def test_a_failed_save_beside_the_training_stops_all_ranks(fresh):
+    run = fresh("run")
+    recipe = life.read_recipe(run)
+    dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, checkpoint_every=2)).save(
+        run / "recipe.json"
+    )
+    for step, error in run_ranks(2, fill_the_disk, run):
+        assert step == 6 and "no space left" in error
+    assert CheckpointFolder(run / "checkpoints").steps() == [2]
 
 
 def losses(run):
