@@ -1,8 +1,9 @@
 """Generation modes of a Product-of-Experts model (model card, "PoE-specific inference").
 
 Common keyword arguments of all modes: ``attention_mask`` (left padding), ``max_new_tokens=64``, ``eos_token_id``,
-``pad_token_id``, ``do_sample=False``, ``temperature``, ``top_k``, ``top_p``, ``seed``, ``stop_strings`` with
-``tokenizer``, ``stopping_criteria``, ``streamer``; they are described at :meth:`GenerationRequest.build`.
+``pad_token_id``, ``do_sample=False``, ``temperature``, ``top_k``, ``top_p``, ``repetition_penalty``,
+``logits_processor``, ``seed``, ``stop_strings`` with ``tokenizer``, ``stopping_criteria``, ``streamer``; they are
+described at :meth:`GenerationRequest.build`.
 
 All modes take prompts ``[B, T]`` and return ``[B, T + new]`` int64; rows that end early are filled with the pad id. A
 model of one stage runs every mode, each being the full model; a model with ``poe_mode = "none"`` has untrained stage
@@ -16,8 +17,12 @@ from collections.abc import Sequence
 
 import torch
 
-from .loops_cognica_poe import decode_pool, decode_speculative, decode_wand
+from .drafting_cognica_poe import DRAFTERS
+from .engine_cognica_poe import Engines
+from .generate_cognica_poe import run_mode
+from .loops_cognica_poe import DraftCounts, decode_all, decode_pool, decode_speculative, decode_wand
 from .request_cognica_poe import GenerationRequest, Transcript
+from .tuning_cognica_poe import choose_drafter
 
 
 class PoEDecodingMixin:
@@ -25,6 +30,51 @@ class PoEDecodingMixin:
 
     POE_WAND_P99_BOUNDS_PER_STAGE_HEAD = (3.2557, 1.5259, 1.1327)
     """Bounds of the 3B release at step 14,000: the fallback of four-stage models whose config has none."""
+
+    def prepare_decoding(self, compile: bool = False, width: int | None = None) -> None:
+        """Choose how the modes run; takes effect at the next call, which arranges the weights anew.
+
+        Args:
+            compile: run decode steps through ``torch.compile``. Each graph is made when first needed (tens of seconds
+                for the first, less from torch's cache on disk); :meth:`decoding_seconds_compiled` sums the waiting.
+            width: lanes of every decode step. Plain decoding and speculation agree bit for bit at the same width; 1 is
+                fastest for plain decoding alone. :func:`natural_width` when None.
+
+        Raises:
+            ValueError: a width below 1.
+        """
+        if width is not None and width < 1:
+            raise ValueError(f"width is {width}; a decode step has at least 1 lane")
+        Engines.of(self).configure(width, compile)
+
+    def decoding_seconds_compiled(self) -> float:
+        """Seconds spent compiling decode steps since the weights were arranged."""
+        return sum(engine.compile_seconds for engine in Engines.of(self).made.values())
+
+    def generate(
+        self, inputs: torch.Tensor | None = None, generation_config=None, poe_mode: str | None = None, **kwargs
+    ):
+        """transformers' ``generate``, which samples the pool, and through ``poe_mode`` every mode of this class.
+
+        Args:
+            inputs: prompts ``[B, T]``; ``input_ids`` as a keyword serves as well.
+            generation_config: as in transformers. It may itself hold ``poe_mode`` and ``poe_options``, which is how
+                ``pipeline`` and ``transformers serve`` reach the modes of a released folder.
+            poe_mode: ``full``, ``prefix``, ``stage``, ``wand``, ``speculative`` or ``parallel``; None, unless the
+                generation config says otherwise, is transformers' own loop.
+            **kwargs: as in transformers; with a mode also ``poe_options``, a dict with that mode's own arguments.
+
+        Raises:
+            ValueError: no such mode, an option that the modes do not have, or a wrong request.
+        """
+        config = generation_config if generation_config is not None else self.generation_config
+        mode, options = poe_mode, kwargs.pop("poe_options", None)
+        if mode is None:
+            mode = getattr(config, "poe_mode", None)
+            options = getattr(config, "poe_options", None) if options is None else options
+        if mode is None:
+            return super().generate(inputs, generation_config=generation_config, **kwargs)
+        return run_mode(self, mode, options or {}, inputs, config, kwargs)
 
     @torch.no_grad()
     def generate_prefix(self, input_ids: torch.Tensor, max_stages: int | None = None, **options) -> torch.Tensor:
@@ -88,11 +138,24 @@ class PoEDecodingMixin:
         draft_stage: int = 0,
         k_draft: int = 4,
         return_acceptance: bool = False,
+        drafter: str = "stage",
+        draft_confidence: float = 0.0,
         **options,
     ) -> torch.Tensor | tuple[torch.Tensor, dict]:
-        """Stage ``draft_stage`` drafts ``k_draft`` tokens, the full pool verifies them.
+        """A cheap drafter proposes up to ``k_draft`` tokens, the full pool verifies them in one block.
 
-        Greedy output is that of ``generate()``; sampled output follows exactly the distribution of ``generate()``.
+        Greedy output is that of plain decoding, sampled output follows exactly its distribution, whatever drafts.
+
+        Args:
+            input_ids: prompts ``[B, T]``.
+            draft_stage: deepest stage that drafts.
+            k_draft: drafts per round at most.
+            return_acceptance: also return what the drafts were worth.
+            drafter: ``stage``, ``int8``, ``int4`` or ``lookup``, see the module of drafters; ``auto`` measures them on
+                this machine at the first call and takes the fastest, or none where speculation does not pay; it then
+                chooses ``k_draft`` as well.
+            draft_confidence: a row stops drafting with the first token whose draft probability is below this.
+            **options: see the module.
 
         Returns:
             ids ``[B, T + new]``; with ``return_acceptance`` also a dict with ``proposed`` and ``accepted`` drafts,
@@ -100,13 +163,22 @@ class PoEDecodingMixin:
             summed over rows.
 
         Raises:
-            ValueError: no such stage, ``k_draft`` below 1, or a wrong request.
+            ValueError: no such stage or drafter, ``k_draft`` below 1, or a wrong request.
         """
         self._check_stages([draft_stage], "draft_stage")
         if isinstance(k_draft, bool) or not isinstance(k_draft, int) or k_draft < 1:
             raise ValueError(f"k_draft is {k_draft}; draft at least 1 token")
+        if drafter not in (*DRAFTERS, "auto"):
+            raise ValueError(f"drafter {drafter!r} does not exist; choose one of {', '.join(DRAFTERS)}, auto")
+        if not 0 <= draft_confidence < 1:
+            raise ValueError(f"draft_confidence is {draft_confidence}; it must be in [0, 1)")
         request = GenerationRequest.build(self, input_ids, **options)
-        transcript, counts = decode_speculative(self, request, draft_stage, k_draft)
+        if drafter == "auto":
+            drafter, k_draft = choose_drafter(self, request, draft_stage)
+        if drafter is None:
+            transcript, counts = decode_all(self, request), DraftCounts()
+        else:
+            transcript, counts = decode_speculative(self, request, draft_stage, k_draft, drafter, draft_confidence)
         ids = transcript.finish()
         return (ids, counts.as_dict()) if return_acceptance else ids
 

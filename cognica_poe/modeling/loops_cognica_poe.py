@@ -8,32 +8,37 @@ decisions, end tokens and streaming.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import torch
 
+from .drafting_cognica_poe import make_drafter
+from .engine_cognica_poe import Engines
 from .request_cognica_poe import GenerationRequest, Transcript
-from .sampling_cognica_poe import ACCEPT, DRAFT, FINAL, accept_or_resample, agreeing_drafts, combine, inverse_cdf
+from .sampling_cognica_poe import ACCEPT, FINAL, accept_or_resample, agreeing_drafts, combine
 from .stages_cognica_poe import StageCache
 
 
-def prompt_cache(model, request: GenerationRequest) -> StageCache:
+def prompt_cache(model, request: GenerationRequest, form: str = "dense", stages: int | None = None) -> StageCache:
     """A cache with room for the whole answer; nothing has been run yet."""
+    engine = Engines.of(model).get(model, form, stages)
     prompts = [request.prompt(row) for row in range(len(request.lengths))]
-    return StageCache(model, prompts, max(request.lengths) + request.max_new_tokens)
+    return StageCache(engine, prompts, max(request.lengths) + request.max_new_tokens)
 
 
 def decode_pool(
     model, request: GenerationRequest, stages: Sequence[int], weights: Sequence[float] | None, alpha: float
 ) -> Transcript:
     """Every token from the same weighted pool of ``stages``; layers above the deepest of them are never run."""
-    cache, transcript = prompt_cache(model, request), Transcript(request)
+    cache, transcript = prompt_cache(model, request, stages=max(stages) + 1), Transcript(request)
     while not transcript.done:
-        rows = _open(transcript)
-        cache.advance(0, max(stages), rows)
-        logits = [_last_logits(model, cache, stage) for stage in stages]
-        _write(cache, transcript, combine(logits, alpha, weights), rows)
+        _pool_step(cache, transcript, stages, weights, alpha)
     return transcript
+
+
+def decode_all(model, request: GenerationRequest) -> Transcript:
+    """Plain cached decoding: the pool of all stages."""
+    return decode_pool(model, request, range(model.config.num_stages), None, model.config.poe_alpha)
 
 
 def decode_wand(
@@ -46,11 +51,11 @@ def decode_wand(
     cache, transcript = prompt_cache(model, request), Transcript(request)
     used = [[] for _ in request.lengths]
     while not transcript.done:
-        rows = undecided = _open(transcript)
+        rows = undecided = transcript.open_rows
         logits, depth, chosen = [], [0] * len(rows), None
         for stage in range(model.config.num_stages):
             cache.advance(stage, stage, undecided)
-            logits.append(_last_logits(model, cache, stage))
+            logits.append(cache.logits(stage, _last(cache))[:, 0])
             pool = combine(logits, model.config.poe_alpha)
             # Rows that left earlier keep their pool; what the cache holds for them at this stage is older.
             stay = torch.tensor(undecided, device=pool.device)
@@ -79,61 +84,61 @@ class DraftCounts:
     """Drafted tokens that were kept."""
     rounds: int = 0
     """Verifications."""
+    kept: list[int] = field(default_factory=list)
+    """Drafts kept in each verification, in order."""
 
     def as_dict(self) -> dict:
         """With ``acceptance``, accepted / proposed, 0 when nothing was proposed."""
-        return {"acceptance": self.accepted / self.proposed if self.proposed else 0.0, **asdict(self)}
+        counts = {key: value for key, value in asdict(self).items() if key != "kept"}
+        return {"acceptance": self.accepted / self.proposed if self.proposed else 0.0, **counts}
 
 
 def decode_speculative(
-    model, request: GenerationRequest, draft_stage: int, k_draft: int
+    model,
+    request: GenerationRequest,
+    draft_stage: int,
+    k_draft: int,
+    drafter: str = "stage",
+    confidence: float = 0.0,
 ) -> tuple[Transcript, DraftCounts]:
-    """Draft with one stage, verify all drafts in one block with the full pool.
+    """A drafter proposes, the full pool verifies all proposals in one block.
 
-    Verifying runs the drafting stages on the last draft only and the deeper stages on the whole block; what the
-    drafts computed is reused. Rejected tokens are forgotten by length. Rows accept unequal numbers of drafts.
+    Verifying runs the drafting stages on what they have not seen and the deeper stages on the whole block. Rejected
+    tokens are forgotten by length. Rows accept unequal numbers of drafts.
+
+    Args:
+        model: the causal language model.
+        request: what is wanted.
+        draft_stage: deepest stage that drafts.
+        k_draft: drafts per round at most.
+        drafter: name of a drafter, see :func:`make_drafter`.
+        confidence: a row stops drafting with the first token whose draft probability is below this.
     """
     cache, transcript, counts = prompt_cache(model, request), Transcript(request), DraftCounts()
+    stages, alpha = range(model.config.num_stages), model.config.poe_alpha
+    drafter = make_drafter(drafter, model, cache, transcript, draft_stage, confidence)
+    _pool_step(cache, transcript, stages, None, alpha)  # the token behind the prompt, as in plain decoding
+    drafter.follow()
     while not transcript.done:
-        rows, start = _open(transcript), list(cache.known)
-        asked = [min(k_draft, max(transcript.remaining(row) - 1, 0)) for row in range(len(rows))]
-        drafts, drawn_from = _draft(model, cache, transcript, draft_stage, asked)
-        cache.advance(0, model.config.num_stages - 1, rows)
-        before = [length - 1 for length in start]
-        states = [cache.read(stage + 1, before, max(asked) + 1) for stage in range(model.config.num_stages)]
-        pool = combine([model.stage_head(x, k) for k, x in enumerate(states)], model.config.poe_alpha)
-        kept, following = _verify(transcript, pool, drafts, drawn_from, torch.tensor(asked, device=pool.device))
+        rows, start = transcript.open_rows, list(cache.known)
+        limits = [min(k_draft, max(transcript.remaining(row) - 1, 0)) for row in range(len(rows))]
+        drafts, drawn_from, asked = drafter.draft(limits)
+        cache.advance(0, stages[-1], rows)
+        pool = cache.pool(stages, [length - 1 for length in start], drafts.shape[1] + 1, None, alpha)
+        kept, following = _verify(transcript, pool, drafts, drawn_from, asked)
         host = torch.cat((kept[:, None], following[:, None], drafts), dim=1).tolist()
         for row, (accepted, token, *proposals) in enumerate(host):
             if not rows[row]:
                 continue
             written = transcript.extend(row, [*proposals[:accepted], token])
             counts.rounds += 1
+            counts.kept.append(min(written, accepted))
             counts.accepted += min(written, accepted)
             counts.proposed += written if written <= accepted else asked[row]
         cache.truncate([length + accepted for length, (accepted, *_) in zip(start, host, strict=True)])
-        cache.append(following, _open(transcript))
+        cache.append(following[:, None], transcript.open_rows)
+        drafter.follow()
     return transcript, counts
-
-
-def _draft(
-    model, cache: StageCache, transcript: Transcript, stage: int, asked: list[int]
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Draft ``asked[r]`` tokens per row: ids ``[B, k]`` and, when sampling, what drew them ``[B, k, V]``."""
-    choice, drafts, drawn_from = transcript.request.choice, [], []
-    for i in range(max(asked)):
-        rows = [i < count for count in asked]
-        cache.advance(0, stage, rows)
-        scores = _last_logits(model, cache, stage).log_softmax(dim=-1)
-        if choice.do_sample:
-            drawn_from.append(choice.probabilities(scores))
-            drafts.append(inverse_cdf(drawn_from[-1], _uniform(transcript, DRAFT, i)))
-        else:
-            drafts.append(scores.argmax(dim=-1))
-        cache.append(drafts[-1], rows)
-    if not drafts:
-        return cache.ids.new_zeros(len(asked), 0), None
-    return torch.stack(drafts, dim=1), torch.stack(drawn_from, dim=1) if choice.do_sample else None
 
 
 def _verify(
@@ -141,43 +146,41 @@ def _verify(
     pool: torch.Tensor,
     drafts: torch.Tensor,
     drawn_from: torch.Tensor | None,
-    asked: torch.Tensor,
+    asked: list[int],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Number of kept drafts ``[B]`` and the token ``[B]`` after them, from the pool ``[B, k+1, V]``."""
-    choice, k = transcript.request.choice, drafts.shape[1]
+    choice, rows, k = transcript.request.choice, len(asked), drafts.shape[1]
+    counts = torch.tensor(asked, device=pool.device)
+    pool = transcript.processed(pool, drafts, [0] * rows)
     if not choice.do_sample:
         best = pool.argmax(dim=-1)
-        kept = agreeing_drafts(best, drafts, asked)
+        kept = agreeing_drafts(best, drafts, counts)
         return kept, best.gather(1, kept[:, None]).squeeze(1)
-    final = torch.stack([_uniform(transcript, FINAL, i) for i in range(k + 1)], dim=1)
+    final = transcript.uniforms(FINAL, [range(k + 1)] * rows)
     if k == 0:
-        return torch.zeros_like(asked), choice.pick(pool[:, 0], final[:, 0])
-    accept = torch.stack([_uniform(transcript, ACCEPT, i) for i in range(k)], dim=1)
-    return accept_or_resample(choice.probabilities(pool), drawn_from, drafts, asked, accept, final)
+        return torch.zeros_like(counts), choice.pick(pool[:, 0], final[:, 0])
+    accept = transcript.uniforms(ACCEPT, [range(k)] * rows)
+    return accept_or_resample(choice.probabilities(pool), drawn_from, drafts, counts, accept, final)
 
 
-def _open(transcript: Transcript) -> list[bool]:
-    return [not ended for ended in transcript.ended]
+def _last(cache: StageCache) -> list[int]:
+    """Slot of the last known token of every row."""
+    return [known - 1 for known in cache.known]
 
 
-def _last_logits(model, cache: StageCache, stage: int) -> torch.Tensor:
-    """Logits ``[B, V]`` of a stage for the last known token; meaningless in rows that have not run it yet."""
-    return model.stage_head(cache.read(stage + 1, [known - 1 for known in cache.known])[:, 0], stage)
-
-
-def _uniform(transcript: Transcript, purpose: int, ahead: int = 0) -> torch.Tensor | None:
-    """Random numbers ``[B]`` for the token that stands ``ahead`` places after the next one of every row."""
-    table = transcript.request.uniforms
-    if table is None:
-        return None
-    places = [min(len(row) + ahead, table.shape[1] - 1) for row in transcript.rows]
-    return table[torch.arange(len(places), device=table.device), torch.tensor(places, device=table.device), purpose]
+def _pool_step(cache: StageCache, transcript: Transcript, stages: Sequence[int], weights, alpha: float) -> None:
+    """Decode one token per open row from the pool of ``stages``."""
+    rows = transcript.open_rows
+    cache.advance(0, max(stages), rows)
+    _write(cache, transcript, cache.pool(stages, _last(cache), 1, weights, alpha)[:, 0], rows)
 
 
 def _write(cache: StageCache, transcript: Transcript, logprobs: torch.Tensor, rows: list[bool]) -> None:
     """Choose one token per open row from log-probabilities ``[B, V]`` and make it known."""
-    tokens = transcript.request.choice.pick(logprobs, _uniform(transcript, FINAL))
-    for row, token in enumerate(tokens.tolist()):
+    request = transcript.request
+    scores = transcript.processed(logprobs[:, None], [[]] * len(rows), [0] * len(rows))
+    tokens = request.choice.pick(scores, transcript.uniforms(FINAL, [[0]] * len(rows)))
+    for row, new in enumerate(tokens.tolist()):
         if rows[row]:
-            transcript.extend(row, [token])
-    cache.append(tokens, _open(transcript))
+            transcript.extend(row, new)
+    cache.append(tokens, transcript.open_rows)

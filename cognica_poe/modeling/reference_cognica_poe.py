@@ -27,8 +27,8 @@ def decode(model, request: GenerationRequest, rule: Callable[[list[torch.Tensor]
     for row, length in enumerate(request.lengths):
         text = request.prompt(row).tolist()
         while not _ended(request, row, text[length:]):
-            last = [logits[-1] for logits in stage_logits(model, text)]
-            text.append(_pick(request, rule(last), row, len(text) - length, FINAL))
+            scores = rule([logits[-1] for logits in stage_logits(model, text)])
+            text.append(_pick(request, _processed(request, text, scores), row, len(text) - length, FINAL))
         rows.append(text[length:])
     return rows
 
@@ -75,29 +75,36 @@ def wand(
 
 
 def speculative(model, request: GenerationRequest, draft_stage: int, k_draft: int) -> tuple[list[list[int]], dict]:
-    """Draft with one stage, verify with the full pool; greedy, or the accept/residual rule when sampling."""
+    """Draft with one stage, verify with the full pool; greedy, or the accept/residual rule when sampling.
+
+    The token behind the prompt comes from the full pool, and a row stops drafting behind a drafted end of the text.
+    """
     rows, proposed, accepted, rounds = [], 0, 0, 0
     for row, length in enumerate(request.lengths):
         text = request.prompt(row).tolist()
+        first = combine([logits[-1] for logits in stage_logits(model, text)], model.config.poe_alpha)
+        text.append(_pick(request, _processed(request, text, first), row, 0, FINAL))
         while not _ended(request, row, text[length:]):
             done = len(text) - length
             k = min(k_draft, request.max_new_tokens - done - 1)
-            drafts, draft_probabilities = [], []
-            for i in range(k):
-                logprobs = stage_logits(model, text + drafts)[draft_stage][-1].log_softmax(dim=-1)
-                draft_probabilities.append(request.choice.probabilities(logprobs))
-                drafts.append(_pick(request, logprobs, row, done + i, DRAFT))
+            drafts, draft_scores = [], []
+            while len(drafts) < k and not (drafts and drafts[-1] in request.eos):
+                scores = stage_logits(model, text + drafts)[draft_stage][-1].log_softmax(dim=-1)
+                draft_scores.append(_processed(request, text + drafts, scores))
+                drafts.append(_pick(request, draft_scores[-1], row, done + len(drafts), DRAFT))
             pool = combine(stage_logits(model, text + drafts), model.config.poe_alpha)[len(text) - 1 :]
             new = []
             for i, draft in enumerate([*drafts, None]):
-                token = _verify(request, pool[i], draft, draft_probabilities[i] if i < k else None, row, done + i)
+                scores = _processed(request, text + drafts[:i], pool[i])
+                drawn_from = request.choice.probabilities(draft_scores[i]) if draft is not None else None
+                token = _verify(request, scores, draft, drawn_from, row, done + i)
                 new.append(token)
                 accepted += token == draft
                 ended = _ended(request, row, text[length:] + new)
                 if token != draft or ended:
                     break
             # Drafts after a rejected one were proposed too; those after an accepted end of the text were not.
-            proposed += len(new) if ended and token == draft else k
+            proposed += len(new) if ended and token == draft else len(drafts)
             rounds += 1
             text += new
         rows.append(text[length:])
@@ -107,6 +114,13 @@ def speculative(model, request: GenerationRequest, draft_stage: int, k_draft: in
         "accepted": accepted,
         "rounds": rounds,
     }
+
+
+def _processed(request: GenerationRequest, text: list[int], scores: torch.Tensor) -> torch.Tensor:
+    """Scores ``[V]`` of the token behind ``text`` after the logits processors."""
+    if not request.processors:
+        return scores
+    return request.processors(torch.tensor([text], device=scores.device), scores[None].clone())[0]
 
 
 def _verify(request: GenerationRequest, pool, draft: int | None, draft_probabilities, row: int, position: int) -> int:

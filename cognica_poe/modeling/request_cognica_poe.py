@@ -6,7 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList, StopStringCriteria
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 
 from .sampling_cognica_poe import TokenChoice, exact_dtype, uniforms
 
@@ -31,6 +38,8 @@ class GenerationRequest:
     """``[B, max_new_tokens, 3]`` when sampling, see :func:`uniforms`."""
     stopping: StoppingCriteriaList
     """Further reasons to end a row, stop strings among them; empty for none."""
+    processors: LogitsProcessorList
+    """Change the scores of a token before it is chosen, given the text before it; empty for none."""
     streamer: object | None = None
     """Receives the prompt, then each new column ``[B]`` of ids, then ``end()``."""
 
@@ -48,6 +57,8 @@ class GenerationRequest:
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
+        repetition_penalty: float | None = None,
+        logits_processor: Sequence[LogitsProcessor] | None = None,
         seed: int | None = None,
         stop_strings: str | list[str] | None = None,
         tokenizer=None,
@@ -65,6 +76,9 @@ class GenerationRequest:
             pad_token_id: fills ended rows; the model's own, else the first end token, else 0.
             do_sample: draw tokens instead of taking the most probable one.
             temperature, top_k, top_p: the distribution drawn from, in this order; only with ``do_sample``.
+            repetition_penalty: scores of tokens that the text holds are divided (positive) or multiplied (negative) by
+                this, as in transformers; padding does not count as text.
+            logits_processor: processors as in transformers, asked row by row and before the temperature.
             seed: makes sampling repeatable; taken from torch's global generator when None.
             stop_strings: a row ends with the token that completes one of these; needs ``tokenizer``.
             tokenizer: the tokenizer of the prompts, read only for ``stop_strings``.
@@ -103,6 +117,7 @@ class GenerationRequest:
             choice=choice,
             uniforms=table,
             stopping=_stopping(stop_strings, tokenizer, stopping_criteria),
+            processors=_processors(repetition_penalty, logits_processor),
             streamer=streamer,
         )
 
@@ -156,6 +171,35 @@ class Transcript:
         """True when every row has ended."""
         return all(self.ended)
 
+    @property
+    def open_rows(self) -> list[bool]:
+        """Rows that have not ended."""
+        return [not ended for ended in self.ended]
+
+    def uniforms(self, purpose: int, ahead: Sequence[Sequence[int]]) -> torch.Tensor | None:
+        """Random numbers ``[B, n]`` for tokens that stand ``ahead[r]`` places behind the next one; None when greedy."""
+        table = self.request.uniforms
+        if table is None:
+            return None
+        places = [[len(row) + i for i in some] for row, some in zip(self.rows, ahead, strict=True)]
+        index = torch.tensor(places, device=table.device).clamp(max=table.shape[1] - 1)
+        return table[torch.arange(len(places), device=table.device)[:, None], index, purpose]
+
+    def processed(self, scores: torch.Tensor, ahead, first: Sequence[int]) -> torch.Tensor:
+        """``scores`` ``[B, n, V]`` after the logits processors.
+
+        Lane i of row r stands behind the answer so far and the first ``first[r] + i`` tokens of ``ahead[r]``.
+        """
+        if not self.request.processors:
+            return scores
+        scores = scores.clone()
+        for row, (start, tokens) in enumerate(zip(first, _as_lists(ahead), strict=True)):
+            text = self.request.prompt(row).tolist() + self.rows[row]
+            for lane in range(scores.shape[1]):
+                before = self.request.ids.new_tensor(text + tokens[: start + lane])[None]
+                scores[row, lane] = self.request.processors(before, scores[row, lane][None])[0]
+        return scores
+
     def finish(self) -> torch.Tensor:
         """Close the streamer and return prompt and new tokens, ``[B, T + new]``, ended rows filled with the pad id."""
         if self.request.streamer is not None:
@@ -178,6 +222,10 @@ class Transcript:
             ids = [row[column] if column < len(row) else self.request.pad for row in self.rows]
             self.request.streamer.put(torch.tensor(ids, dtype=torch.int64))
             self.streamed = column + 1
+
+
+def _as_lists(ahead) -> list[list[int]]:
+    return ahead.tolist() if isinstance(ahead, torch.Tensor) else ahead
 
 
 def _check(condition: bool, message: str) -> None:
@@ -217,6 +265,15 @@ def _real_lengths(ids: torch.Tensor, mask: torch.Tensor | None) -> list[int]:
 def _default(model, name: str):
     own = getattr(getattr(model, "generation_config", None), name, None)
     return own if own is not None else getattr(model.config, name, None)
+
+
+def _processors(penalty: float | None, processors) -> LogitsProcessorList:
+    found = LogitsProcessorList()
+    if penalty is not None and penalty != 1.0:
+        _check(penalty > 0, f"repetition_penalty is {penalty}; it must be above 0")
+        found.append(RepetitionPenaltyLogitsProcessor(float(penalty)))
+    found.extend(processors or [])
+    return found
 
 
 def _stopping(strings: str | list[str] | None, tokenizer, criteria) -> StoppingCriteriaList:

@@ -86,7 +86,12 @@ class TokenChoice:
         """Ids ``[...]`` from log-probabilities ``[..., V]``; ``uniform`` ``[...]`` is read only when sampling."""
         if not self.do_sample:
             return logprobs.argmax(dim=-1)
-        return inverse_cdf(self.probabilities(logprobs), uniform)
+        return self.draw(self.probabilities(logprobs), uniform)
+
+    @staticmethod
+    def draw(probabilities: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+        """Ids ``[...]`` from distributions ``[..., V]`` by ``uniform`` ``[...]``."""
+        return inverse_cdf(probabilities, uniform)
 
 
 def agreeing_drafts(best: torch.Tensor, drafts: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:

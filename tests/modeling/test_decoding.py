@@ -79,12 +79,17 @@ def test_early_exit(model, settings, safety):
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_speculation(model, settings, draft_stage):
     ids, options, checked = request(model, settings)
+    accepted = proposed = 0
     for k_draft in (1, 5):
         rows, counts = reference.speculative(model, checked, draft_stage, k_draft)
-        output, found = model.generate_speculative(ids, draft_stage, k_draft, return_acceptance=True, **options)
-        assert_written(output, ids, rows, checked.pad)
-        assert found == counts
-        assert 0 < counts["accepted"] < counts["proposed"] or draft_stage == 2 or "eos_token_id" in settings
+        for drafter in ("stage", "lookup"):
+            output, found = model.generate_speculative(
+                ids, draft_stage, k_draft, drafter=drafter, return_acceptance=True, **options
+            )
+            assert_written(output, ids, rows, checked.pad)
+            assert found == counts
+        accepted, proposed = accepted + counts["accepted"], proposed + counts["proposed"]
+    assert 0 < accepted < proposed or draft_stage == 2 or "eos_token_id" in settings
 
 
 def modes(model, ids, **options) -> dict[str, torch.Tensor]:

@@ -72,10 +72,10 @@ def test_drafts_that_always_agree():
     ids, mask = fifty_prompts(0)
     options = {"attention_mask": mask[:2], "max_new_tokens": 21, "return_acceptance": True}
     _, drafts = model.generate_speculative(ids[:2], k_draft=4, **options)
-    # Rounds give 5 tokens each; the last of 21 needs one more round without a draft.
-    assert drafts == {"acceptance": 1.0, "proposed": 2 * 16, "accepted": 2 * 16, "rounds": 2 * 5}
+    # The prompt's own pass gives the first token, every round 5 more.
+    assert drafts == {"acceptance": 1.0, "proposed": 2 * 16, "accepted": 2 * 16, "rounds": 2 * 4}
     _, drafts = model.generate_speculative(ids[:2], k_draft=4, **{**options, "max_new_tokens": 1})
-    assert drafts == {"acceptance": 0.0, "proposed": 0, "accepted": 0, "rounds": 2}
+    assert drafts == {"acceptance": 0.0, "proposed": 0, "accepted": 0, "rounds": 0}
 
 
 # ---- the sampled distribution -------------------------------------------------------------------------------------
@@ -102,12 +102,19 @@ def chi_square_p(observed: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def exact_joint(model, prompt: torch.Tensor, choice: TokenChoice) -> torch.Tensor:
-    """Probability ``[V * V]`` of the next two tokens under the full pool, enumerated."""
-    texts = torch.cat((prompt.expand(VOCAB, -1), torch.arange(VOCAB)[:, None]), dim=1)
-    pool = combine(model.all_logits(texts)[0], model.config.poe_alpha)
-    first, second = choice.probabilities(pool[0, -2]), choice.probabilities(pool[:, -1])
-    return (first[:, None] * second).flatten()
+def exact_joint(model, prompt: torch.Tensor, choice: TokenChoice, tokens: int = 2, eos: int | None = None):
+    """Probability ``[V ** tokens]`` of the next tokens under the full pool, enumerated; 0 follows an end token."""
+    texts, joint = prompt, torch.ones(1, dtype=torch.float64)
+    for _ in range(tokens):
+        pool = combine([logits[:, -1] for logits in model.all_logits(texts)[0]], model.config.poe_alpha)
+        following = choice.probabilities(pool)
+        if eos is not None:
+            ended = (texts[:, prompt.shape[1] :] == eos).any(dim=1)
+            following[ended] = torch.nn.functional.one_hot(torch.tensor(0), VOCAB).double()
+        joint = (joint[:, None] * following).flatten()
+        new = torch.arange(VOCAB).repeat(len(texts))[:, None]
+        texts = torch.cat((texts.repeat_interleave(VOCAB, dim=0), new), dim=1)
+    return joint
 
 
 def tiny_vocabulary_model():
@@ -119,22 +126,57 @@ def tiny_vocabulary_model():
     return model
 
 
-def sample_p(model, choice: dict, **options) -> tuple[float, dict]:
+def sample_p(model, choice: dict, tokens: int = 2, rows: int = ROWS, eos: int | None = None, **options):
+    """p-value of ``tokens`` sampled tokens, and what the drafts were worth."""
     prompt = torch.tensor([[1, 4, 2, 0, 3]])
+    end = {} if eos is None else {"eos_token_id": eos, "pad_token_id": 0}
     ids, drafts = model.generate_speculative(
-        prompt.expand(ROWS, -1), do_sample=True, seed=17, return_acceptance=True, **choice, **options
+        prompt.expand(rows, -1), do_sample=True, seed=17, return_acceptance=True, **choice, **end, **options
     )
-    cells = ids[:, 5] * VOCAB + ids[:, 6]
-    expected = ROWS * exact_joint(model, prompt, TokenChoice(True, **choice))
-    return chi_square_p(torch.bincount(cells, minlength=VOCAB**2), expected), drafts
+    cells = sum(ids[:, 5 + i] * VOCAB ** (tokens - 1 - i) for i in range(tokens))
+    expected = rows * exact_joint(model, prompt, TokenChoice(True, **choice), tokens, eos)
+    return chi_square_p(torch.bincount(cells, minlength=VOCAB**tokens), expected), drafts
 
 
 @pytest.mark.parametrize("k_draft", [1, 3])
 @pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES)
 def test_sampled_output_follows_the_pool(choice, k_draft):
-    p, drafts = sample_p(tiny_vocabulary_model(), choice, k_draft=k_draft, max_new_tokens=4)
+    p, drafts = sample_p(tiny_vocabulary_model(), choice, k_draft=k_draft, max_new_tokens=5)
     assert 0.2 < drafts["acceptance"] < 0.97
     assert p > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("eos", [None, 3])
+@pytest.mark.parametrize("tokens", [2, 3])
+@pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES)
+def test_sampled_output_follows_the_pool_in_full(choice, tokens, eos):
+    model, found = tiny_vocabulary_model(), {}
+    for drafter in ("stage", "lookup"):
+        for k_draft in range(1, 9):
+            found[drafter, k_draft], _ = sample_p(
+                model, choice, tokens, 8000, eos, k_draft=k_draft, drafter=drafter, max_new_tokens=tokens + 3
+            )
+    for confidence in (0.2, 0.5):
+        found["confidence", confidence], _ = sample_p(
+            model, choice, tokens, 8000, eos, k_draft=6, draft_confidence=confidence, max_new_tokens=tokens + 3
+        )
+    print(f"p-values, {tokens} tokens, end {eos}, {choice}:", {key: f"{p:.3f}" for key, p in found.items()})
+    assert min(found.values()) > 1e-3
+
+
+def test_rows_of_unequal_prompts_follow_their_own_pools():
+    model = tiny_vocabulary_model()
+    short, rows = torch.tensor([[4, 2, 0]]), 3000
+    ids = torch.cat(
+        (torch.tensor([[1, 4, 2, 0, 3]]).expand(rows, -1), torch.tensor([[0, 0, 4, 2, 0]]).expand(rows, -1))
+    )
+    mask = torch.ones_like(ids)
+    mask[rows:, :2] = 0
+    out = model.generate_speculative(ids, do_sample=True, seed=5, k_draft=3, attention_mask=mask, max_new_tokens=5)
+    for part, prompt in ((out[:rows], ids[:1]), (out[rows:], short)):
+        expected = rows * exact_joint(model, prompt, TokenChoice(True))
+        assert chi_square_p(torch.bincount(part[:, 5] * VOCAB + part[:, 6], minlength=VOCAB**2), expected) > 1e-3
 
 
 @pytest.mark.parametrize("draft_stage", [1, 2])

@@ -1,0 +1,260 @@
+"""The model arranged for decoding: fused and packed weights, and the tensor functions that every mode is made of.
+
+Three functions are enough: run one stage on a block of lanes over its cache, one stage's head, the pool of several
+heads. All have static shapes at decode time, so that ``torch.compile`` can take each as one graph.
+
+Shapes: ``B`` rows, ``W`` lanes of a block, ``S`` slots of the cache, ``D`` width, ``V`` vocab, ``N`` query heads,
+``G`` key/value heads, ``h`` head dim.
+"""
+
+from __future__ import annotations
+
+import time
+import types
+import weakref
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .blocks_cognica_poe import rmsnorm
+from .linears_cognica_poe import LINEARS
+
+
+def natural_width(model) -> int:
+    """Lanes of a decode step that cost about as much as one lane.
+
+    Accelerators read weights far slower than they multiply: 8. A processor with bf16 products takes 4 rows in 1.2 times
+    the time of one; in fp32 every row costs as much as the first, and only 1 is free (docs/decoding.md).
+    """
+    if model.device.type != "cpu":
+        return 8
+    return 4 if model.dtype == torch.bfloat16 else 1
+
+
+class DecodeLayer(nn.Module):
+    """One block with its three attention projections as a single product."""
+
+    def __init__(self, model, index: int, linear):
+        super().__init__()
+        config, block = model.config, model.transformer.h[index]
+        attention = block.attn
+        self.config, self.sliding = config, config.layer_types[index] == "sliding_attention"
+        self.c_qkv = linear(torch.cat([m.weight for m in (attention.c_q, attention.c_k, attention.c_v)]))
+        self.c_proj, self.c_fc, self.mlp_proj = (
+            linear(m.weight.detach()) for m in (attention.c_proj, block.mlp.c_fc, block.mlp.c_proj)
+        )
+        self.resid_lambda, self.x0_lambda = model.resid_lambdas[index].detach(), model.x0_lambdas[index].detach()
+        has_table = config.has_value_embedding(index)
+        self.table = model.value_embeds[str(index)].weight.detach() if has_table else None
+        self.gate = attention.ve_gate.weight.detach() if has_table else None
+
+    def forward(self, x, x0, ids, rotary, masks, rows, write, keys, values, span: int):
+        """``x``, ``x0`` ``[B, W, D]`` to ``[B, W, D]``; ``keys`` and ``values`` ``[B, S, G, h]`` get the lanes' own."""
+        config = self.config
+        eps, (B, W, _) = config.rms_norm_eps, x.shape
+        x = self.resid_lambda * x + self.x0_lambda * x0
+        n = rmsnorm(x, eps)
+        N, G = config.num_attention_heads, config.num_key_value_heads
+        qk, v = self.c_qkv(n).view(B, W, -1, config.head_dim).split((N + G, G), dim=2)
+        if self.table is not None:
+            gate = 3 * torch.sigmoid(_small_product(n[..., : config.ve_gate_channels], self.gate))
+            v = v + gate.unsqueeze(-1) * F.embedding(ids, self.table).view_as(v)
+        q, k = (rmsnorm(_rotate(qk, rotary), eps) * config.qk_scale).split((N, G), dim=2)
+        keys[rows, write], values[rows, write] = k, v
+        mask = masks["sliding" if self.sliding else "full"]
+        attended = self._attend(q, keys[:, :span], values[:, :span], mask)
+        x = x + self.c_proj(attended)
+        return x + self.mlp_proj(F.relu(self.c_fc(rmsnorm(x, eps))).square())
+
+    def _attend(self, q, keys, values, mask) -> torch.Tensor:
+        """Queries ``[B, W, N, h]`` over the slots; heads that share keys become further queries. ``[B, W, N*h]``."""
+        (B, W, N, h), G = q.shape, keys.shape[2]
+        q = q.view(B, W, G, N // G, h).permute(0, 2, 3, 1, 4).reshape(B, G, -1, h)
+        q, k, v = (t.to(mask.dtype) for t in (q, keys.transpose(1, 2), values.transpose(1, 2)))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=h**-0.5)
+        return out.to(keys.dtype).view(B, G, N // G, W, h).permute(0, 3, 1, 2, 4).reshape(B, W, N * h)
+
+
+class StageLayers(nn.Module):
+    """The layers of one stage, from the states before them to the states behind them."""
+
+    def __init__(self, model, stage: int, linear):
+        super().__init__()
+        self.config = model.config
+        self.layers = nn.ModuleList([DecodeLayer(model, i, linear) for i in self.config.stage_layers(stage)])
+        self.wte, self.smear_gate = model.transformer.wte.weight.detach(), model.smear_gate.weight.detach()
+        self.smear_lambda = model.smear_lambda.detach()
+
+    def forward(self, x, ids, before, slots, write, keys, values, span: int):
+        """Run the lanes of a block.
+
+        Args:
+            x: states ``[B, W, D]`` before the stage; None for stage 0, which starts from the embeddings.
+            ids: token ids ``[B, W]``; ``before`` the ids of the slots before theirs.
+            slots: slot of every lane ``[B, W]``, which is its position; ``write`` the slot it may write to.
+            keys, values: one buffer ``[B, S, G, h]`` per layer of the stage.
+            span: slots to attend to, from 0 on.
+        """
+        rows = torch.arange(ids.shape[0], device=ids.device)[:, None]
+        x0 = self._embed(ids, before, slots)
+        x = x0 if x is None else x
+        rotary, masks = self._rotary(slots, x.dtype), self._masks(slots, span, x.dtype)
+        for layer, k, v in zip(self.layers, keys, values, strict=True):
+            x = layer(x, x0, ids, rotary, masks, rows, write, k, v, span)
+        return x
+
+    def _embed(self, ids, before, slots) -> torch.Tensor:
+        eps = self.config.rms_norm_eps
+        x, earlier = (rmsnorm(F.embedding(tokens, self.wte), eps) for tokens in (ids, before))
+        gate = self.smear_lambda * torch.sigmoid(_small_product(x[..., : self.config.smear_channels], self.smear_gate))
+        return x + gate * earlier * (slots > 0).unsqueeze(-1)
+
+    def _rotary(self, slots, dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        channels = torch.arange(0, self.config.head_dim, 2, dtype=torch.float32, device=slots.device)
+        angles = slots[..., None, None].float() * (self.config.rope_theta ** (-channels / self.config.head_dim))
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+    def _masks(self, slots, span: int, dtype) -> dict[str, torch.Tensor]:
+        """Additive masks ``[B, 1, N/G*W, span]`` in the dtype of attention: a query sees the slots up to its own."""
+        groups = self.config.num_attention_heads // self.config.num_key_value_heads
+        compute = torch.promote_types(dtype, torch.float32) if self.config.attention_in_fp32 else dtype
+        key, query = torch.arange(span, device=slots.device), slots[:, None, :, None]
+        visible = {"full": key <= query}
+        visible["sliding"] = visible["full"] & (key > query - self.config.sliding_window)
+        kinds = {"sliding" if layer.sliding else "full" for layer in self.layers}
+        zero = torch.zeros((), dtype=compute, device=slots.device)
+        return {kind: torch.where(visible[kind], zero, float("-inf")).repeat(1, 1, groups, 1) for kind in kinds}
+
+
+class Engine:
+    """Stage functions of one model in one form of its weights.
+
+    Args:
+        model: the causal language model, in evaluation mode.
+        form: key of ``LINEARS``.
+        stages: how many stages to arrange, from the first on; all when None.
+        width: lanes of every decode step, see :class:`StageCache`; :func:`natural_width` when None.
+        compiled: run decode steps through ``torch.compile``, one graph per function and shape.
+    """
+
+    def __init__(self, model, form: str = "dense", stages: int | None = None, width: int | None = None, compiled=False):
+        self.config, self.dtype, self.device = model.config, model.dtype, model.device
+        self.width, self.compiled, self.form = width or natural_width(model), compiled, form
+        linear = LINEARS[form]
+        count = self.config.num_stages if stages is None else stages
+        self.stages = [StageLayers(model, stage, linear) for stage in range(count)]
+        self.heads = [linear(_folded_head(model, stage)) for stage in range(count)]
+        self._graphs: dict = {}
+        self.compile_seconds = 0.0
+
+    def run_stage(self, stage: int, x, ids, before, slots, write, keys, values, span: int, wide: bool) -> torch.Tensor:
+        """States ``[B, W, D]`` behind a stage, see :class:`StageLayers`; ``wide`` blocks are never compiled."""
+        arguments = (x, ids, before, slots, write, keys, values, span)
+        if wide:
+            return self.stages[stage](*arguments)
+        return self._call(("stage", stage, len(ids), span), self.stages[stage].forward, *arguments)
+
+    def logits(self, stage: int, x: torch.Tensor) -> torch.Tensor:
+        """Capped fp32 logits ``[B, W, V]`` of one stage from its boundary states ``[B, W, D]``."""
+        return self._call(("head", stage, len(x)), lambda states: self._head(stage, states), x)
+
+    def pool(self, stages: Sequence[int], states: Sequence[torch.Tensor], weights, alpha: float) -> torch.Tensor:
+        """Log-probabilities ``[B, W, V]`` of the product of experts, see :func:`combine`, in one pass.
+
+        A normaliser of one expert is the same for the whole vocabulary, so that only the last one matters.
+        """
+        stages, weights = tuple(stages), tuple(weights or [1.0 / len(stages)] * len(stages))
+
+        def function(*states):
+            logits = [self._head(stage, x) for stage, x in zip(stages, states, strict=True)]
+            pooled = sum(weight * z for weight, z in zip(weights, logits, strict=True))
+            return F.log_softmax(len(stages) ** alpha * pooled, dim=-1)
+
+        return self._call(("pool", stages, weights, alpha, len(states[0])), function, *states)
+
+    def _head(self, stage: int, x: torch.Tensor) -> torch.Tensor:
+        z = self.heads[stage](rmsnorm(x, self.config.rms_norm_eps))
+        cap = self.config.logit_softcap
+        return cap * torch.tanh(z.to(torch.promote_types(z.dtype, torch.float32)) / cap)
+
+    def _call(self, key: tuple, function, *arguments) -> torch.Tensor:
+        """``function(*arguments)``, or its graph; ``key`` tells function and shapes apart."""
+        if not self.compiled:
+            return function(*arguments)
+        if key in self._graphs:
+            return self._graphs[key](*arguments)
+        began, cpu = time.perf_counter(), self.device.type == "cpu"
+        # The key stands for all that guards would check at every call.
+        options = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe, "triton.cudagraphs": not cpu}
+        graph = torch.compile(_apart(function), dynamic=False, fullgraph=True, options=options)
+        with torch._inductor.config.patch(freezing=cpu):  # packs the weights in the graph for the processor's kernels
+            out = graph(*arguments)
+        self._graphs[key] = graph
+        self.compile_seconds += time.perf_counter() - began
+        return out
+
+
+class Engines:
+    """The engines of one model, built when first asked for and again when its weights have changed."""
+
+    _all: ClassVar[weakref.WeakKeyDictionary] = weakref.WeakKeyDictionary()
+
+    def __init__(self):
+        self.width, self.compiled, self.weights = None, False, None
+        self.made: dict[tuple[str, int], Engine] = {}
+        self.measured: dict = {}
+
+    @classmethod
+    def of(cls, model) -> Engines:
+        """The engines of ``model``; empty ones after its weights moved, changed dtype or were trained further."""
+        engines = cls._all.setdefault(model, cls())
+        weights = [(p.data_ptr(), p._version, p.dtype) for p in model.parameters()]
+        if engines.weights != weights:
+            engines.weights, engines.made, engines.measured = weights, {}, {}
+        return engines
+
+    def get(self, model, form: str = "dense", stages: int | None = None) -> Engine:
+        """The engine of a form of the weights for the first ``stages`` stages."""
+        stages = model.config.num_stages if stages is None else stages
+        if (form, stages) not in self.made:
+            self.made[form, stages] = Engine(model, form, stages, self.width, self.compiled)
+        return self.made[form, stages]
+
+    def configure(self, width: int | None, compiled: bool) -> None:
+        """Set the lanes of decode steps and whether they are compiled; drops engines made otherwise."""
+        if (width, compiled) != (self.width, self.compiled):
+            self.width, self.compiled, self.made, self.measured = width, compiled, {}, {}
+
+
+def _apart(function):
+    """``function`` behind a code object of its own: torch keeps graphs by code object."""
+
+    def forward(*arguments):
+        return function(*arguments)
+
+    return types.FunctionType(forward.__code__.replace(), globals(), "forward", None, forward.__closure__)
+
+
+def _folded_head(model, stage: int) -> torch.Tensor:
+    """``lm_head + lm_head_stages[stage]`` ``[V, D]``, added in fp32: one product instead of two."""
+    shared = model.lm_head.weight.detach()
+    if not model.config.per_stage_head:
+        return shared
+    wide = torch.promote_types(shared.dtype, torch.float32)
+    return (shared.to(wide) + model.lm_head_stages[stage].weight.detach().to(wide)).to(shared.dtype)
+
+
+def _small_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """``x @ weight.T`` for few channels ``[..., C]`` and outputs ``[O, C]``, where a product's call is all overhead."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return (x.to(wide).unsqueeze(-2) * weight.to(wide)).sum(dim=-1).to(x.dtype)
+
+
+def _rotate(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Rotate the halves of ``[B, W, heads, h]`` by minus theta."""
+    cos, sin = rotary
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos + second * sin, second * cos - first * sin), dim=-1)
