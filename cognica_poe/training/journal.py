@@ -22,6 +22,9 @@ class Journal:
         self.path, self.writes = path, writes
         if keep_until is not None:
             self.drop_after(keep_until)
+        elif writes and path.is_file() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+            with open(path, "ab") as file:  # a kill cut the last line off: the next one gets its own
+                file.write(b"\n")
 
     def drop_after(self, step: int) -> None:
         """Drop the lines of later steps, and what is no line."""

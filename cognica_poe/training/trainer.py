@@ -104,7 +104,8 @@ class Trainer:
         training, model = recipe.training, recipe.model
         self.rank_rows = _rows_of_a_rank(recipe, self.ranks.world)
         self.device = default_device()
-        self.checkpoints = CheckpointFolder(self.run / "checkpoints", self.log, self.ranks)
+        self.events = Journal(self.run / "events.jsonl", self.ranks.is_first)
+        self.checkpoints = CheckpointFolder(self.run / "checkpoints", self._on_damage, self.ranks)
         self.checkpoints.recover()
         found = self.checkpoints.load_latest() if resume or self.ranks.restarts else None
         if found is None and self.ranks.first(self.checkpoints.steps):
@@ -126,7 +127,6 @@ class Trainer:
         self.step = 0
         if found is not None:
             self._restore(found)
-        self.events = Journal(self.run / "events.jsonl", self.ranks.is_first)
         self.metrics = Journal(self.run / "metrics.jsonl", self.ranks.is_first, keep_until=self.step)
         self._stop = False
         self._unread: list[_Unread] = []
@@ -328,6 +328,10 @@ class Trainer:
         weights = self.optimizer.weights() if sharded else self.model.state_dict()
         self.checkpoints.save(Checkpoint(self.step, weights, self.optimizer.state_dict(), state), self.saves_apart)
         self.checkpoints.prune(self.recipe.training.keep_checkpoints, self.recipe.released_steps())
+
+    def _on_damage(self, line: str) -> None:
+        self.log(line)
+        self.events.write({"event": "damaged checkpoint", "found": line})
 
     def _on_signal(self, number: int, frame: Any) -> None:
         self._stop = True

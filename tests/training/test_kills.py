@@ -140,6 +140,8 @@ def test_a_flipped_byte_in_any_file_is_named(four_steps, tmp_path):
         assert step == other == 2 and silent == []
         damage = next(line for line in lines if "passed over" in line)
         assert "step-4" in damage and (name in damage or name == MANIFEST), damage
+        event = json.loads((run / "events.jsonl").read_text().splitlines()[-1])
+        assert event == {"event": "damaged checkpoint", "found": damage}
 
 
 def save_on_a_full_disk(ranks, run, full_rank):
