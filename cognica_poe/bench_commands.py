@@ -6,6 +6,8 @@ import shutil
 from pathlib import Path
 from typing import Literal
 
+import tyro
+
 from cognica_poe.errors import UserError
 from cognica_poe.progress import log
 from cognica_poe.tables import print_json, table
@@ -102,4 +104,106 @@ def _compiled(choice: str, skipped: list[str]) -> bool:
     return choice == "on" or (choice == "auto" and bool(compiler))
 
 
-COMMANDS = {"bench train": bench_train}
+def bench_decode(
+    checkpoint: tyro.conf.Positional[str],
+    text: Path | None = None,
+    prompts: int = 20,
+    prompt_tokens: int = 32,
+    new_tokens: int = 128,
+    batch: int = 1,
+    k_draft: tuple[int, ...] = (4, 7),
+    drafters: tuple[Literal["stage", "int8", "int4", "lookup"], ...] = ("stage", "int8", "int4", "lookup"),
+    dtype: Literal["float32", "bfloat16"] = "bfloat16",
+    compile: bool = False,
+    width: int | None = None,
+    rounds: int = 3,
+    peers: bool = True,
+    threads: int | None = None,
+    synthetic_acceptance: float = 0.98,
+    json: bool = False,
+) -> None:
+    """Decoding speed of every mode and drafter against our own cached greedy decoding, in one interleaved run.
+
+    Args:
+        checkpoint: Release folder, or the name of a recipe: random weights of its shape, and drafts that are accepted
+            at random (labelled synthetic), for planning.
+        text: Folder or file of parquet, jsonl or text that the prompts are taken from, one per document; the seven
+            probe prompts when omitted.
+        prompts: How many prompts at most.
+        prompt_tokens: Tokens of a prompt.
+        new_tokens: Tokens to generate per prompt.
+        batch: Rows per call; a call's rows are consecutive prompts.
+        k_draft: Draft lengths.
+        drafters: Who drafts.
+        dtype: Dtype of the weights.
+        compile: Run decode steps through torch.compile; the seconds it took are reported.
+        width: Lanes of a decode step; the device's natural width when omitted.
+        rounds: Repetitions per prompt; medians count.
+        peers: Also run transformers' generate and the uncached reference.
+        threads: Threads of the processor; torch's choice when omitted.
+        synthetic_acceptance: For a recipe: probability that a draft is accepted.
+        json: Print one JSON document instead of a table.
+    """
+    import torch
+
+    from cognica_poe.bench import decoding
+    from cognica_poe.bench.prompts import find_model, find_prompts
+
+    for name, value in (("prompts", prompts), ("prompt-tokens", prompt_tokens), ("new-tokens", new_tokens)):
+        if value < 1:
+            raise UserError(f"bench decode: --{name} is {value}; it must be at least 1")
+    if min(batch, rounds, *k_draft) < 1:
+        raise UserError("bench decode: --batch, --rounds and --k-draft must be at least 1")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tokenizer = find_model(checkpoint, getattr(torch, dtype), device)
+    texts = find_prompts(tokenizer, model.config, text, prompts, prompt_tokens, batch, new_tokens)
+    settings = decoding.Settings(
+        new_tokens, rounds, k_draft, drafters, compile, width, synthetic_acceptance if tokenizer is None else None
+    )
+    found = decoding.measure(model, [ids.to(device) for ids in texts], settings, peers, log)
+    if json:
+        return print_json(found)
+    print_decoding(found)
+
+
+def print_decoding(found: dict) -> None:
+    """Tables of what :func:`cognica_poe.bench.decoding.measure` found."""
+    rows = [
+        [
+            " ".join(str(part) for part in (row["mode"], row["drafter"], row["k_draft"]) if part is not None),
+            row["width"],
+            f"{row['tokens_per_s']:,.1f}",
+            f"{row['ratio_to_cached_greedy']:.2f}x"
+            + (" ({:.2f} to {:.2f})".format(*row["ratio_interval"]) if row["ratio_interval"] else ""),
+            "yes" if row["identical_to_greedy"] else None if row["identical_to_greedy"] is None else "no",
+            f"{row['acceptance']:.3f}" if row["acceptance"] is not None else None,
+            f"{row['tokens_per_round']:.2f}" if row["tokens_per_round"] is not None else None,
+            f"{row['agreement']:.4f}" if row["agreement"] is not None else None,
+        ]
+        for row in found["rows"]
+    ]
+    first = found["rows"][0]
+    synthetic = next((row["synthetic_acceptance"] for row in found["rows"] if "synthetic_acceptance" in row), None)
+    title = f"decoding, {first['dtype']}, batch {first['batch']}, {'compiled' if first['compiled'] else 'eager'}"
+    title += f", drafts accepted at random (synthetic, {synthetic})" if synthetic is not None else ""
+    columns = ["mode", "lanes", "tokens/s", "speed (95 %)", "same text", "accepted", "tokens/round", "agrees"]
+    table(title, columns, rows)
+    if found["peers"]:
+        cells = [
+            [p["name"], f"{p['tokens_per_s']:,.1f}", f"{p['cached_greedy_is_faster_by']:.2f}x"] for p in found["peers"]
+        ]
+        table("others", ["name", "tokens/s", "cached greedy is faster by"], cells)
+    for row in found["rows"]:
+        if row["mode"] == "wand":
+            print(f"wand: tokens by stages used {row['stages_used']}")
+    rate = found["copy_bytes_per_s"]
+    print(
+        f"a plain step reads {found['weight_bytes_per_step'] / 1e6:,.1f} MB of weights and takes "
+        f"{found['step_over_floor']:.2f} times as long as copying moves them ({rate / 1e9:.1f} GB/s); heads and pool "
+        f"take {found['heads_share']:.1%}; {found['threads']} threads; compiled in {found['compile_seconds']:.1f} s"
+    )
+
+
+COMMANDS = {"bench train": bench_train, "bench decode": bench_decode}

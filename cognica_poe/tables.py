@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from typing import Any
 
 
@@ -17,7 +18,8 @@ def table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
         grid.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
         grid.add_row(*(_cell(value) for value in row))
-    Console().print(grid)
+    # A file or a pipe has no width to fit; a terminal tells its own.
+    Console(width=None if sys.stdout.isatty() else 120).print(grid)
 
 
 def _cell(value: Any) -> str:
