@@ -131,9 +131,10 @@ class Trainer:
         self._stop = False
         self._unread: list[_Unread] = []
         self._last_read = 0.0
-        # An accelerator trains on while the host writes; where the host itself trains, nothing is won by it.
-        self.saves_apart = None if self.device.type == "cpu" else self.ranks.apart()
-        self.lateness = 0 if self.device.type == "cpu" else 1  # steps under way while the host reads an earlier one
+        # CUDA trains on while the host reads and writes; where the host itself trains, nothing is won by it.
+        on_cuda = self.device.type == "cuda"
+        self.saves_apart = self.ranks.apart() if on_cuda else None
+        self.lateness = 1 if on_cuda else 0  # steps under way while the host reads an earlier one
 
     def _optimizer(self, distributed: DistributedRecipe) -> MuonAdamW:
         training = self.recipe.training
@@ -221,7 +222,7 @@ class Trainer:
         keep = self.guard.check(losses.mean(), self.optimizer.gradients())
         schedule = self.schedule
         rates = schedule.lr_scale(self.step), schedule.muon_momentum(self.step), schedule.weight_decay_scale(self.step)
-        if self.device.type != "cpu":
+        if self.device.type == "cuda":
             self.optimizer.step(*rates, keep=keep)
         elif keep:  # reading costs nothing here, selecting would
             self.optimizer.step(*rates)
