@@ -127,8 +127,8 @@ def bench_decode(
     Args:
         checkpoint: Release folder, or the name of a recipe: random weights of its shape, and drafts that are accepted
             at random (labelled synthetic), for planning.
-        text: Folder or file of parquet, jsonl or text that the prompts are taken from, one per document; the seven
-            probe prompts when omitted.
+        text: Run folder, whose held-out documents give the prompts, or folder or file of parquet, jsonl or text; the
+            seven probe prompts when omitted.
         prompts: How many prompts at most.
         prompt_tokens: Tokens of a prompt.
         new_tokens: Tokens to generate per prompt.

@@ -34,6 +34,8 @@ class GenerationOptions:
     """wand: factor on the calibrated bounds."""
     draft_length: int = 4
     """speculative: drafted tokens per round."""
+    drafter: Literal["stage", "int8", "int4", "lookup", "auto"] = "stage"
+    """speculative: who drafts: the first stages, quantised copies of them, looked-up n-grams, or what measures best."""
     temperature: float = 0.0
     """0 is greedy; above, tokens are sampled."""
     top_k: int | None = None
@@ -94,9 +96,8 @@ def _run(model: Any, ids: torch.Tensor, options: GenerationOptions, common: dict
             out, used = model.generate_wand(ids, safety=options.safety, return_stages_used=True, **common)
             return out, {"mean_stages_used": used[used > 0].double().mean().item()}
         case "speculative":
-            out, facts = model.generate_speculative(
-                ids, draft_stage=options.stage, k_draft=options.draft_length, return_acceptance=True, **common
-            )
+            drafting = {"draft_stage": options.stage, "k_draft": options.draft_length, "drafter": options.drafter}
+            out, facts = model.generate_speculative(ids, return_acceptance=True, **drafting, **common)
             return out, {name: facts[name] for name in ("acceptance", "proposed", "accepted")}
         case "parallel":
             return model.generate_parallel_composition(ids, list(options.stage_list), **common), {}

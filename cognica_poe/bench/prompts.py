@@ -73,9 +73,12 @@ def find_prompts(
 def _from_documents(tokenizer: Any, text: Path, wanted: int, length: int) -> list[torch.Tensor]:
     from cognica_poe.data.mix import build, read_documents
 
-    with tempfile.TemporaryDirectory() as folder:
-        build(str(text), Path(folder) / "data", val_fraction=0.0, val_min_bytes=1, log=log)
-        texts = [d.text for split in ("train", "val") for d in read_documents(Path(folder) / "data", split)]
+    if (text / "data" / "manifest.json").is_file():  # a run: what it held out
+        texts = [d.text for d in read_documents(text / "data", "val")]
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            build(str(text), Path(folder) / "data", val_fraction=0.0, val_min_bytes=1, log=log)
+            texts = [d.text for split in ("train", "val") for d in read_documents(Path(folder) / "data", split)]
     rows: list[torch.Tensor] = []
     for document in texts[:: max(1, len(texts) // (4 * wanted))]:  # from all over the text
         ids = tokenizer(document[: 16 * length], return_tensors="pt").input_ids[0]
