@@ -155,7 +155,7 @@ def test_traffic_is_what_the_optimizer_hands_over(sync):
     """Its own formula is compared with real collectives; a ring then sends (N - 1) / N of what is handed over."""
     recipe, world = small(vocab=509, batch_rows=12, micro_rows=1), 4
     model = build_model(recipe.model)
-    sections, options = Objective(model).sections(), DistributedRecipe(sync, "float32")
+    sections, options = Objective(model).sections(), DistributedRecipe(grad_sync=sync, replica_dtype="float32")
     handed = {"reduce_scatter": 0.0, "all_gather": 0.0, "all_to_all": 0.0}
     for rank in range(world):
         optimizer = DistMuonAdamW(
