@@ -1,7 +1,9 @@
 """Ranks find each other after restarts, agree on outcomes and share errors."""
 
+import gc
 import threading
 import time
+import weakref
 from datetime import timedelta
 
 import pytest
@@ -9,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 from cognica_poe.errors import UserError
-from cognica_poe.training.collectives import Ranks, agree_on_prefix
+from cognica_poe.training.collectives import Pending, Ranks, agree_on_prefix
+from cognica_poe.training.exchange import StackExchange
 from tests.gloo import run_ranks
 
 
@@ -92,3 +95,47 @@ def hang(ranks):
 def test_the_helper_ends_what_hangs():
     with pytest.raises(AssertionError, match=r"ranks \[0, 1\] hung"):
         run_ranks(2, hang, timeout=3.0)
+
+
+class Waited:
+    """A handle that notes whether its buffer was still alive when it was waited for."""
+
+    def __init__(self, buffer):
+        self.buffer, self.alive = weakref.ref(buffer), None
+
+    def wait(self):
+        self.alive = self.buffer() is not None
+
+
+def test_buffers_live_until_they_are_waited_for():
+    buffer = torch.ones(3)
+    work = Waited(buffer)
+    pending = Pending(work, buffer)
+    del buffer
+    gc.collect()
+    assert work.buffer() is not None
+    pending.wait()
+    assert work.alive and work.buffer() is None
+
+
+def exchange_with_empty_shares(ranks):
+    """All-to-all in which only the last rank owns anything; then the connections of a thread of their own."""
+    full = torch.arange(10.0).view(5, 2)
+    exchange = StackExchange((5, 2), ["a"], {"a": ranks.world - 1}, ranks)
+    first, last = exchange.ranges[ranks.rank]
+    arrived, pending = exchange.to_owners({"a": full[first:last]})
+    pending.wait()
+    stack = exchange.stack(arrived)
+    back, pending = exchange.to_shards(stack * 2)
+    pending.wait()
+    return stack, exchange.shards(back)["a"], ranks.apart().together(lambda: ranks.rank)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_matrices_travel_to_their_owner_and_back(world):
+    outcomes = run_ranks(world, exchange_with_empty_shares)
+    full = torch.arange(10.0).view(5, 2)
+    assert torch.equal(outcomes[-1][0][0], full)
+    assert all(stack.numel() == 0 for stack, *_ in outcomes[:-1])
+    assert torch.equal(torch.cat([rows for _, rows, _ in outcomes]), 2 * full)
+    assert all(said == list(range(world)) for *_, said in outcomes)
