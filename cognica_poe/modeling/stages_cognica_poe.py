@@ -46,6 +46,7 @@ class StageCache:
         self.ids = prompts[0].new_zeros(len(prompts), self.slots)
         for row, prompt in enumerate(prompts):
             self.ids[row, : len(prompt)] = prompt
+        self._lanes_of, self._lanes_are = None, None
         self.rows = torch.arange(len(prompts), device=self.ids.device)[:, None]
         self.states: list[torch.Tensor | None] = [None] * len(engine.stages)
         self.keys: list[list[torch.Tensor] | None] = [None] * len(engine.stages)
@@ -105,10 +106,13 @@ class StageCache:
 
     def _lanes(self, starts: Sequence[int], counts: Sequence[int], width: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Slot of every lane ``[B, width]`` within the buffers, and where it writes: unused ones to the spare slot."""
-        table = torch.tensor([starts, [int(count) for count in counts]], device=self.ids.device)
-        lane = torch.arange(width, device=self.ids.device)
-        slots = (table[0, :, None] + lane).clamp(max=self.spare)
-        return slots, torch.where(lane < table[1, :, None], slots, self.spare)
+        key = (tuple(starts), tuple(counts), width)
+        if key != self._lanes_of:  # the stages of one step, and its heads, run on the same lanes
+            table = torch.tensor([starts, [int(count) for count in counts]], device=self.ids.device)
+            lane = torch.arange(width, device=self.ids.device)
+            slots = (table[0, :, None] + lane).clamp(max=self.spare)
+            self._lanes_of, self._lanes_are = key, (slots, torch.where(lane < table[1, :, None], slots, self.spare))
+        return self._lanes_are
 
     # ---- heads ----------------------------------------------------------------------------------------------------
 
@@ -123,7 +127,8 @@ class StageCache:
     def _heads(self, stages: Sequence[int], starts: list[int], count: int, function: Callable) -> torch.Tensor:
         width, pieces = self.engine.width, []
         for done in range(0, count, width):
-            slots, _ = self._lanes([start + done for start in starts], [0] * len(starts), width)
+            now = [min(count - done, width)] * len(starts)
+            slots, _ = self._lanes([start + done for start in starts], now, width)
             pieces.append(function([self.states[stage][self.rows, slots] for stage in stages]))
         return torch.cat(pieces, dim=1)[:, :count]
 
