@@ -56,7 +56,10 @@ def prepare(recipe: Recipe, run: Path, log: Log, resume: bool = False) -> None:
 
 
 def _shape_of(recipe: Recipe) -> tuple:
-    return dataclasses.astuple(recipe.model), dataclasses.astuple(recipe.data), dataclasses.astuple(recipe.training)
+    """What makes two recipes the same run; how a step is cut up and how often it is saved may change on resuming."""
+    free = {"micro_rows": 1, "compile": "auto", "checkpoint_every": 1, "keep_checkpoints": 1}
+    training = dataclasses.replace(recipe.training, **free)
+    return dataclasses.astuple(recipe.model), dataclasses.astuple(recipe.data), dataclasses.astuple(training)
 
 
 def open_rows(run: Path, recipe: Recipe, log: Log = lambda line: None) -> Rows:

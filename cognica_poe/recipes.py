@@ -75,7 +75,7 @@ class TrainingRecipe:
     steps: int = 83_923
     batch_rows: int = 384
     """Rows of one optimiser step over all ranks."""
-    micro_rows: int = 32
+    micro_rows: int = 8
     """Rows of one forward and backward pass on one rank."""
     seed: int = 0
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"

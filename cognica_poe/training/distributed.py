@@ -36,6 +36,8 @@ from cognica_poe.training.sharding import Bucket, assign_owners, row_range
 class DistributedRecipe:
     """How several ranks share a training step; one rank alone needs none of it."""
 
+    parallel: Literal["rows", "stages"] = "rows"
+    """rows: every rank holds the model and takes its share of the rows; stages: every rank owns stages (flat only)."""
     grad_sync: Literal["every_microbatch", "last_microbatch"] = "every_microbatch"
     """every_microbatch: gradients stay sharded (ZeRO-2); last_microbatch: one exchange a step, full gradients kept."""
     replica_dtype: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -32,6 +32,7 @@ from cognica_poe.training.objective import Objective
 from cognica_poe.training.optimizer import MuonAdamW
 from cognica_poe.training.precision import choose_compute_dtype, default_device
 from cognica_poe.training.schedule import Schedule
+from cognica_poe.training.stage_parallel import StageParallelMuonAdamW, StageParallelObjective
 
 Log = Callable[[str], None]
 
@@ -102,7 +103,10 @@ class Trainer:
         self.log: Log = log if self.ranks.is_first else lambda line: None
         self.progress = progress
         training, model = recipe.training, recipe.model
-        self.rank_rows = _rows_of_a_rank(recipe, self.ranks.world)
+        distributed = distributed or DistributedRecipe()
+        self.by_stages = distributed.parallel == "stages" and self.ranks.world > 1
+        self.shares = 1 if self.by_stages else self.ranks.world  # into how many parts the rows of a step are split
+        self.rank_rows = _rows_of_a_rank(recipe, self.shares)
         self.device = default_device()
         self.events = Journal(self.run / "events.jsonl", self.ranks.is_first)
         self.checkpoints = CheckpointFolder(self.run / "checkpoints", self._on_damage, self.ranks)
@@ -115,11 +119,14 @@ class Trainer:
         self.model = build_model(model, training.seed).to(self.device).train()
         dtype = found.state["compute_dtype"] if found else training.compute_dtype
         self.compute_dtype = self.ranks.first(lambda: choose_compute_dtype(dtype, self.device))
-        self.objective = Objective(self.model, self.compute_dtype)
+        if self.by_stages:
+            self.objective = StageParallelObjective(self.model, self.compute_dtype, self.ranks)
+        else:
+            self.objective = Objective(self.model, self.compute_dtype)
         if training.compile == "on" or (training.compile == "auto" and self.device.type == "cuda"):
             for block in self.model.transformer.h:
                 block.compile()
-        self.optimizer = self._optimizer(distributed or DistributedRecipe())
+        self.optimizer = self._optimizer(distributed)
         self.schedule = Schedule(training.schedule, training.steps)
         self.faults = faults or FaultRecipe()
         self.guard = StepGuard(self.faults, self.ranks.mean, self.ranks.world, self.device)
@@ -141,6 +148,8 @@ class Trainer:
         batch_tokens = training.batch_rows * self.recipe.model.max_position_embeddings
         if self.ranks.world == 1:
             return MuonAdamW(self.model, training.optimizer, batch_tokens)
+        if self.by_stages:
+            return StageParallelMuonAdamW(self.objective, training.optimizer, batch_tokens)
         if distributed.replica_dtype == "auto":
             replicas = "bfloat16" if self.compute_dtype == torch.bfloat16 else "float32"
             distributed = dataclasses.replace(distributed, replica_dtype=replicas)
@@ -154,7 +163,7 @@ class Trainer:
                 f"{self.run}: data, tokenizer or row seed changed since step {found.step}; start a new --out"
             )
         try:
-            if isinstance(self.optimizer, DistMuonAdamW):
+            if isinstance(self.optimizer, DistMuonAdamW | StageParallelMuonAdamW):
                 self.optimizer.load_weights(found.weights)
             else:
                 self.model.load_state_dict(dict(found.weights))
@@ -212,9 +221,9 @@ class Trainer:
             self.step += 1
             return
         batch = self.rows.batch(self.step, training.batch_rows)
-        first = self.ranks.rank * self.rank_rows
+        first = 0 if self.by_stages else self.ranks.rank * self.rank_rows
         micro = torch.from_numpy(batch[first : first + self.rank_rows]).to(self.device).split(training.micro_rows)
-        losses, scale = 0.0, 1 / (len(micro) * self.ranks.world)
+        losses, scale = 0.0, 1 / (len(micro) * self.shares)
         for i, rows in enumerate(micro):
             with self.optimizer.micro_batch(last=i == len(micro) - 1):
                 losses = losses + self.objective.backward(rows[:, :-1], rows[:, 1:], scale)
@@ -305,7 +314,8 @@ class Trainer:
         """Raises UserError when the replicas of the weights are not the same on all ranks, bit for bit."""
         if self.ranks.world == 1:
             return
-        divergence = find_divergence(self.ranks.together(lambda: hash_parameters(self.model.named_parameters())))
+        held = self.objective.shared() if self.by_stages else dict(self.model.named_parameters())
+        divergence = find_divergence(self.ranks.together(lambda: hash_parameters(held.items())))
         if divergence is not None:
             self.events.write({"event": "ranks differ", "step": self.step, "found": str(divergence)})
             raise UserError(
@@ -325,7 +335,7 @@ class Trainer:
         dtype = str(self.compute_dtype).removeprefix("torch.")
         state = {"rows": self.rows.fingerprint, "compute_dtype": dtype, "ranks": self.ranks.world}
         state |= {"guard": self.guard.state(), "policy": self.policy.state()}
-        sharded = isinstance(self.optimizer, DistMuonAdamW)
+        sharded = isinstance(self.optimizer, DistMuonAdamW | StageParallelMuonAdamW)
         weights = self.optimizer.weights() if sharded else self.model.state_dict()
         self.checkpoints.save(Checkpoint(self.step, weights, self.optimizer.state_dict(), state), self.saves_apart)
         self.checkpoints.prune(self.recipe.training.keep_checkpoints, self.recipe.released_steps())

@@ -26,6 +26,7 @@ def value_and_gradients(function, n, weight, targets, scale=0.7):
 def test_chunk_boundaries_change_nothing(monkeypatch, rows_per_chunk):
     n, weight, targets = inputs()
     monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", rows_per_chunk * weight.shape[0])
+    monkeypatch.setattr(cross_entropy, "CHUNK_ROWS", 1)
     assert chunk_rows(37, 29, n.device) == min(37, rows_per_chunk)
     ours = value_and_gradients(softcap_cross_entropy, n, weight, targets)
     expected = value_and_gradients(reference_cross_entropy, n, weight, targets)
@@ -35,6 +36,7 @@ def test_chunk_boundaries_change_nothing(monkeypatch, rows_per_chunk):
 
 def test_a_vocabulary_larger_than_a_chunk_goes_row_by_row(monkeypatch):
     monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", 4)
+    monkeypatch.setattr(cross_entropy, "CHUNK_ROWS", 1)
     assert chunk_rows(37, 29, torch.device("cpu")) == 1
 
 
@@ -45,6 +47,7 @@ def test_gradients_match_finite_differences():
 
 def test_fp32_stays_within_rounding(monkeypatch):
     monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", 29 * 8)
+    monkeypatch.setattr(cross_entropy, "CHUNK_ROWS", 1)
     ours = value_and_gradients(softcap_cross_entropy, *inputs(dtype=torch.float32))
     expected = value_and_gradients(reference_cross_entropy, *inputs())
     assert [t.dtype for t in ours] == [torch.float32] * 3
@@ -97,3 +100,10 @@ def test_large_logits_saturate_at_the_cap(dtype):
         assert a.isfinite().all()
         torch.testing.assert_close(a, b, atol=1e-10 if dtype == torch.float64 else 1e-5, rtol=1e-5)
     assert ours[0] < 2 * CAP + 3.4
+
+
+def test_a_large_vocabulary_still_gets_rows_enough():
+    """Every chunk reads the whole head: too few rows and the product waits for memory."""
+    assert chunk_rows(4096, 32768, torch.device("cpu")) == cross_entropy.CHUNK_ROWS
+    assert chunk_rows(100, 32768, torch.device("cpu")) == 100
+    assert chunk_rows(4096, 512, torch.device("cpu")) == cross_entropy.CHUNK_ELEMENTS // 512
