@@ -22,6 +22,7 @@ from cognica_poe.modeling import loops_cognica_poe as loops
 from cognica_poe.modeling import reference_cognica_poe as reference
 from cognica_poe.modeling.engine_cognica_poe import Engines
 from cognica_poe.modeling.request_cognica_poe import GenerationRequest
+from cognica_poe.modeling.stages_cognica_poe import StageCache
 
 Log = Callable[[str], None]
 
@@ -254,11 +255,18 @@ def _width_of(case: Case) -> str:
 
 @torch.no_grad()
 def agreement(model: Any, outputs: Sequence[torch.Tensor], new_tokens: int) -> float:
-    """Share of the new tokens that the full pool would have chosen behind the same text."""
-    same = []
+    """Share of the new tokens that the full pool would have chosen behind the same text, in decode steps as well."""
+    stages, same = range(model.config.num_stages), []
+    engine = Engines.of(model).get(model)
     for ids in outputs:
-        best = model.forward_aggregated(ids)[:, -new_tokens - 1 : -1].argmax(dim=-1)
-        same.append((best == ids[:, -new_tokens:]).flatten())
+        B, length = ids.shape
+        start = length - new_tokens
+        cache = StageCache(engine, list(ids[:, :start]), length)
+        cache.advance(0, stages[-1], [True] * B)
+        cache.append(ids[:, start:], [new_tokens] * B)
+        cache.advance(0, stages[-1], [True] * B)
+        pool = cache.pool(stages, [start - 1] * B, new_tokens, None, model.config.poe_alpha)
+        same.append((pool.argmax(dim=-1) == ids[:, start:]).flatten())
     return torch.cat(same).double().mean().item()
 
 

@@ -63,7 +63,7 @@ class DecodeLayer(nn.Module):
             gate = 3 * torch.sigmoid(_small_product(n[..., : config.ve_gate_channels], self.gate))
             v = v + gate.unsqueeze(-1) * F.embedding(ids, self.table).view_as(v)
         q, k = (rmsnorm(_rotate(qk, rotary), eps) * config.qk_scale).split((N, G), dim=2)
-        keys[rows, write], values[rows, write] = k, v
+        keys[rows, write], values[rows, write] = k.to(keys.dtype), v.to(values.dtype)
         mask = masks["sliding" if self.sliding else "full"]
         attended = self._attend(q, keys[:, :span], values[:, :span], mask)
         x = x + self.c_proj(attended)
@@ -72,10 +72,10 @@ class DecodeLayer(nn.Module):
     def _attend(self, q, keys, values, mask) -> torch.Tensor:
         """Queries ``[B, W, N, h]`` over the slots; heads that share keys become further queries. ``[B, W, N*h]``."""
         (B, W, N, h), G = q.shape, keys.shape[2]
-        q = q.view(B, W, G, N // G, h).permute(0, 2, 3, 1, 4).reshape(B, G, -1, h)
-        q, k, v = (t.to(mask.dtype) for t in (q, keys.transpose(1, 2), values.transpose(1, 2)))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=h**-0.5)
-        return out.to(keys.dtype).view(B, G, N // G, W, h).permute(0, 3, 1, 2, 4).reshape(B, W, N * h)
+        queries = q.view(B, W, G, N // G, h).permute(0, 2, 3, 1, 4).reshape(B, G, -1, h).to(keys.dtype)
+        k, v = keys.transpose(1, 2), values.transpose(1, 2)
+        out = F.scaled_dot_product_attention(queries, k, v, attn_mask=mask, scale=h**-0.5)
+        return out.to(q.dtype).view(B, G, N // G, W, h).permute(0, 3, 1, 2, 4).reshape(B, W, N * h)
 
 
 class StageLayers(nn.Module):
@@ -120,7 +120,7 @@ class StageLayers(nn.Module):
     def _masks(self, slots, span: int, dtype) -> dict[str, torch.Tensor]:
         """Additive masks ``[B, 1, N/G*W, span]`` in the dtype of attention: a query sees the slots up to its own."""
         groups = self.config.num_attention_heads // self.config.num_key_value_heads
-        compute = torch.promote_types(dtype, torch.float32) if self.config.attention_in_fp32 else dtype
+        compute = attention_dtype(self.config, dtype)
         key, query = torch.arange(span, device=slots.device), slots[:, None, :, None]
         visible = {"full": key <= query}
         visible["sliding"] = visible["full"] & (key > query - self.config.sliding_window)
@@ -188,7 +188,8 @@ class Engine:
             return self._graphs[key](*arguments)
         began, cpu = time.perf_counter(), self.device.type == "cpu"
         # The key stands for all that guards would check at every call.
-        options = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe, "triton.cudagraphs": not cpu}
+        options = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+        options |= {"cpp_wrapper": True} if cpu else {"triton.cudagraphs": True}  # what makes launches cheap
         graph = torch.compile(_apart(function), dynamic=False, fullgraph=True, options=options)
         with torch._inductor.config.patch(freezing=cpu):  # packs the weights in the graph for the processor's kernels
             out = graph(*arguments)
@@ -236,6 +237,11 @@ def _apart(function):
         return function(*arguments)
 
     return types.FunctionType(forward.__code__.replace(), globals(), "forward", None, forward.__closure__)
+
+
+def attention_dtype(config, dtype: torch.dtype) -> torch.dtype:
+    """Dtype of attention and of the cached keys and values: kept as they are used, not converted at every step."""
+    return torch.promote_types(dtype, torch.float32) if config.attention_in_fp32 else dtype
 
 
 def _folded_head(model, stage: int) -> torch.Tensor:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from .engine_cognica_poe import Engine
+from .engine_cognica_poe import Engine, attention_dtype
 
 
 class StageCache:
@@ -97,12 +97,14 @@ class StageCache:
 
     def _allocate(self, stage: int) -> None:
         config, B = self.config, len(self.known)
-        like = {"dtype": self.engine.dtype, "device": self.ids.device}
+        like = {"dtype": attention_dtype(config, self.engine.dtype), "device": self.ids.device}
         shape = (B, self.slots, config.num_key_value_heads, config.head_dim)
         layers = range(len(config.stage_layers(stage)))
         self.keys[stage] = [torch.zeros(shape, **like) for _ in layers]
         self.values[stage] = [torch.zeros(shape, **like) for _ in layers]
-        self.states[stage] = torch.zeros(B, self.slots, config.hidden_size, **like)
+        self.states[stage] = torch.zeros(
+            B, self.slots, config.hidden_size, dtype=self.engine.dtype, device=self.ids.device
+        )
 
     def _lanes(self, starts: Sequence[int], counts: Sequence[int], width: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Slot of every lane ``[B, width]`` within the buffers, and where it writes: unused ones to the spare slot."""
