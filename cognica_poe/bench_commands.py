@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Literal
 
@@ -96,12 +95,14 @@ def _useful_dtypes(skipped: list[str]) -> tuple[Dtype, ...]:
 def _compiled(choice: str, skipped: list[str]) -> bool:
     import torch
 
-    compiler = torch.cuda.is_available() or any(map(shutil.which, ("c++", "g++", "clang++", "gcc", "clang")))
+    from cognica_poe.modeling.graphs_cognica_poe import has_compiler
+
+    compiler = torch.cuda.is_available() or has_compiler()
     if choice == "on" and not compiler:
         raise UserError("bench train: --compile on needs a C++ compiler (g++ or clang++); install one")
     if choice == "auto" and not compiler:
         skipped.append("torch.compile: off, no C++ compiler found")
-    return choice == "on" or (choice == "auto" and bool(compiler))
+    return choice == "on" or (choice == "auto" and compiler)
 
 
 def bench_decode(
@@ -148,12 +149,15 @@ def bench_decode(
 
     from cognica_poe.bench import decoding
     from cognica_poe.bench.prompts import find_model, find_prompts
+    from cognica_poe.modeling.graphs_cognica_poe import has_compiler
 
     for name, value in (("prompts", prompts), ("prompt-tokens", prompt_tokens), ("new-tokens", new_tokens)):
         if value < 1:
             raise UserError(f"bench decode: --{name} is {value}; it must be at least 1")
     if min(batch, rounds, *k_draft) < 1:
         raise UserError("bench decode: --batch, --rounds and --k-draft must be at least 1")
+    if compile and not torch.cuda.is_available() and not has_compiler():
+        raise UserError("bench decode: --compile needs a C++ compiler (g++ or clang++); install one")
     if threads is not None:
         torch.set_num_threads(threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"

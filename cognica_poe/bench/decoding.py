@@ -21,6 +21,7 @@ from cognica_poe.analysis.statistics import Bootstrap
 from cognica_poe.modeling import loops_cognica_poe as loops
 from cognica_poe.modeling import reference_cognica_poe as reference
 from cognica_poe.modeling.engine_cognica_poe import Engines
+from cognica_poe.modeling.linears_cognica_poe import LINEARS
 from cognica_poe.modeling.request_cognica_poe import GenerationRequest
 from cognica_poe.modeling.stages_cognica_poe import StageCache
 
@@ -279,15 +280,15 @@ def compile_seconds(model: Any) -> float:
 def bounds(model: Any, tokens_per_s: float) -> dict[str, Any]:
     """What a plain step reads, how fast the machine copies, and the share of a step that heads and pool take."""
     engine = Engines.of(model).get(model)
-    read = sum(_bytes(module) for module in [*engine.stages, *engine.heads])
+    read = sum(_bytes(module) for module in [*engine.stages, engine.heads])
     copy_rate = copy_bandwidth(model.device)
-    states = [torch.zeros(1, engine.width, model.config.hidden_size, dtype=model.dtype, device=model.device)]
-    states *= model.config.num_stages
+    cache = StageCache(engine, [torch.zeros(1, dtype=torch.int64, device=model.device)], 1)
+    cache.advance(0, model.config.num_stages - 1, [True])
     times = []
     for _ in range(20):
         _synchronize(model.device)
         began = time.perf_counter()
-        engine.pool(range(model.config.num_stages), states, None, model.config.poe_alpha)
+        cache.pool(range(model.config.num_stages), [0], 1, None, model.config.poe_alpha)
         _synchronize(model.device)
         times.append(time.perf_counter() - began)
     return {
@@ -301,8 +302,9 @@ def bounds(model: Any, tokens_per_s: float) -> dict[str, Any]:
 
 
 def _bytes(module: torch.nn.Module) -> int:
-    """Bytes of the weights that a product reads; embedding tables are looked up, not read."""
-    return sum(b.numel() * b.element_size() for b in module.buffers())
+    """Bytes of the weights that products read; embedding tables are looked up, not read."""
+    linears = [part for part in module.modules() if isinstance(part, tuple(LINEARS.values()))]
+    return sum(b.numel() * b.element_size() for linear in linears for b in linear.buffers())
 
 
 def copy_bandwidth(device: torch.device) -> float:

@@ -20,6 +20,7 @@ import torch
 from .drafting_cognica_poe import DRAFTERS
 from .engine_cognica_poe import Engines
 from .generate_cognica_poe import run_mode
+from .graphs_cognica_poe import has_compiler
 from .loops_cognica_poe import DraftCounts, decode_all, decode_pool, decode_speculative, decode_wand
 from .request_cognica_poe import GenerationRequest, Transcript
 from .tuning_cognica_poe import choose_drafter
@@ -35,21 +36,23 @@ class PoEDecodingMixin:
         """Choose how the modes run; takes effect at the next call, which arranges the weights anew.
 
         Args:
-            compile: run decode steps through ``torch.compile``. Each graph is made when first needed (tens of seconds
-                for the first, less from torch's cache on disk); :meth:`decoding_seconds_compiled` sums the waiting.
+            compile: run decode steps as compiled graphs. Each is made when first needed, in tens of seconds, and on a
+                processor kept on disk for the next process; :meth:`decoding_seconds_compiled` sums the waiting.
             width: lanes of every decode step. Plain decoding and speculation agree bit for bit at the same width; 1 is
                 fastest for plain decoding alone. :func:`natural_width` when None.
 
         Raises:
-            ValueError: a width below 1.
+            ValueError: a width below 1, or no compiler to compile with.
         """
         if width is not None and width < 1:
             raise ValueError(f"width is {width}; a decode step has at least 1 lane")
+        if compile and self.device.type == "cpu" and not has_compiler():
+            raise ValueError("compile=True needs a C++ compiler (g++ or clang++): install one, or leave it out")
         Engines.of(self).configure(width, compile)
 
     def decoding_seconds_compiled(self) -> float:
-        """Seconds spent compiling decode steps since the weights were arranged."""
-        return sum(engine.compile_seconds for engine in Engines.of(self).made.values())
+        """Seconds spent compiling decode steps, or loading them from disk, since the weights were arranged."""
+        return sum(engine.graphs.seconds for engine in Engines.of(self).made.values() if engine.graphs)
 
     def generate(
         self, inputs: torch.Tensor | None = None, generation_config=None, poe_mode: str | None = None, **kwargs

@@ -1,16 +1,16 @@
 """The model arranged for decoding: fused and packed weights, and the tensor functions that every mode is made of.
 
 Three functions are enough: run one stage on a block of lanes over its cache, one stage's head, the pool of several
-heads. All have static shapes at decode time, so that ``torch.compile`` can take each as one graph.
+heads. Each reads and writes the cache's buffers itself and has static shapes at decode time, so that ``torch.compile``
+takes it as one graph and a step costs a call per stage.
 
 Shapes: ``B`` rows, ``W`` lanes of a block, ``S`` slots of the cache, ``D`` width, ``V`` vocab, ``N`` query heads,
-``G`` key/value heads, ``h`` head dim.
+``G`` key/value heads, ``h`` head dim. A ``table`` ``[2, B]`` int64 says where the lanes of a block stand: the first
+slot of every row and how many of its lanes are in use.
 """
 
 from __future__ import annotations
 
-import time
-import types
 import weakref
 from collections.abc import Sequence
 from typing import ClassVar
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .blocks_cognica_poe import rmsnorm
+from .graphs_cognica_poe import Graphs
 from .linears_cognica_poe import LINEARS
 
 
@@ -46,10 +47,11 @@ class DecodeLayer(nn.Module):
         self.c_proj, self.c_fc, self.mlp_proj = (
             linear(m.weight.detach()) for m in (attention.c_proj, block.mlp.c_fc, block.mlp.c_proj)
         )
-        self.resid_lambda, self.x0_lambda = model.resid_lambdas[index].detach(), model.x0_lambdas[index].detach()
         has_table = config.has_value_embedding(index)
-        self.table = model.value_embeds[str(index)].weight.detach() if has_table else None
-        self.gate = attention.ve_gate.weight.detach() if has_table else None
+        table = model.value_embeds[str(index)].weight if has_table else None
+        gate = attention.ve_gate.weight if has_table else None
+        keep_tensors(self, resid_lambda=model.resid_lambdas[index], x0_lambda=model.x0_lambdas[index])
+        keep_tensors(self, table=table, gate=gate)
 
     def forward(self, x, x0, ids, rotary, masks, rows, write, keys, values, span: int):
         """``x``, ``x0`` ``[B, W, D]`` to ``[B, W, D]``; ``keys`` and ``values`` ``[B, S, G, h]`` get the lanes' own."""
@@ -85,26 +87,30 @@ class StageLayers(nn.Module):
         super().__init__()
         self.config = model.config
         self.layers = nn.ModuleList([DecodeLayer(model, i, linear) for i in self.config.stage_layers(stage)])
-        self.wte, self.smear_gate = model.transformer.wte.weight.detach(), model.smear_gate.weight.detach()
-        self.smear_lambda = model.smear_lambda.detach()
+        keep_tensors(self, wte=model.transformer.wte.weight)
+        keep_tensors(self, smear_gate=model.smear_gate.weight, smear_lambda=model.smear_lambda)
 
-    def forward(self, x, ids, before, slots, write, keys, values, span: int):
-        """Run the lanes of a block.
+    def forward(self, width: int, span: int, table, ids, behind, states, keys, values) -> None:
+        """Run a block of ``width`` lanes and write what it computes into the cache.
 
         Args:
-            x: states ``[B, W, D]`` before the stage; None for stage 0, which starts from the embeddings.
-            ids: token ids ``[B, W]``; ``before`` the ids of the slots before theirs.
-            slots: slot of every lane ``[B, W]``, which is its position; ``write`` the slot it may write to.
-            keys, values: one buffer ``[B, S, G, h]`` per layer of the stage.
+            width: lanes of the block.
             span: slots to attend to, from 0 on.
+            table: where the lanes stand, see the module.
+            ids: token ids ``[B, S]`` of the cache.
+            behind: states ``[B, S, D]`` behind the stage before; None for stage 0, which starts from the embeddings.
+            states: states ``[B, S, D]`` behind this stage; the lanes' own are written.
+            keys, values: one buffer ``[B, S, G, h]`` per layer of the stage; the lanes' own are written.
         """
+        slots, write = find_lanes(table, width, ids.shape[1] - 1)
         rows = torch.arange(ids.shape[0], device=ids.device)[:, None]
-        x0 = self._embed(ids, before, slots)
-        x = x0 if x is None else x
+        tokens, before = ids[rows, slots], ids[rows, (slots - 1).clamp(min=0)]
+        x0 = self._embed(tokens, before, slots)
+        x = x0 if behind is None else behind[rows, slots]
         rotary, masks = self._rotary(slots, x.dtype), self._masks(slots, span, x.dtype)
         for layer, k, v in zip(self.layers, keys, values, strict=True):
-            x = layer(x, x0, ids, rotary, masks, rows, write, k, v, span)
-        return x
+            x = layer(x, x0, tokens, rotary, masks, rows, write, k, v, span)
+        states[rows, write] = x
 
     def _embed(self, ids, before, slots) -> torch.Tensor:
         eps = self.config.rms_norm_eps
@@ -129,6 +135,41 @@ class StageLayers(nn.Module):
         return {kind: torch.where(visible[kind], zero, float("-inf")).repeat(1, 1, groups, 1) for kind in kinds}
 
 
+class Heads(nn.Module):
+    """The heads of the first stages, each folded with the shared one, and their product."""
+
+    def __init__(self, model, count: int, linear):
+        super().__init__()
+        self.config = model.config
+        self.heads = nn.ModuleList([linear(_folded_head(model, stage)) for stage in range(count)])
+
+    def forward(self, width: int, stages: Sequence[int], weights: Sequence[float] | None, alpha: float, table, *states):
+        """Log-probabilities ``[B, W, V]`` of the product of experts at a block's lanes, see :func:`combine`.
+
+        A normaliser of one expert is the same for the whole vocabulary, so that only the last one matters.
+
+        Args:
+            width: lanes of the block.
+            stages: whose heads.
+            weights: one per stage; None gives the capped logits of the one stage instead.
+            alpha: exponent of the number of stages.
+            table: where the lanes stand, see the module.
+            states: states ``[B, S, D]`` behind every stage.
+        """
+        logits = [self._logits(stage, width, table, x) for stage, x in zip(stages, states, strict=True)]
+        if weights is None:
+            return logits[0]
+        pooled = sum(weight * z for weight, z in zip(weights, logits, strict=True))
+        return F.log_softmax(len(stages) ** alpha * pooled, dim=-1)
+
+    def _logits(self, stage: int, width: int, table, states: torch.Tensor) -> torch.Tensor:
+        slots, _ = find_lanes(table, width, states.shape[1] - 1)
+        x = states[torch.arange(states.shape[0], device=states.device)[:, None], slots]
+        z = self.heads[stage](rmsnorm(x, self.config.rms_norm_eps))
+        cap = self.config.logit_softcap
+        return cap * torch.tanh(z.to(torch.promote_types(z.dtype, torch.float32)) / cap)
+
+
 class Engine:
     """Stage functions of one model in one form of its weights.
 
@@ -137,65 +178,40 @@ class Engine:
         form: key of ``LINEARS``.
         stages: how many stages to arrange, from the first on; all when None.
         width: lanes of every decode step, see :class:`StageCache`; :func:`natural_width` when None.
-        compiled: run decode steps through ``torch.compile``, one graph per function and shape.
+        compiled: run decode steps through :class:`Graphs`, one graph per function and shape.
     """
 
     def __init__(self, model, form: str = "dense", stages: int | None = None, width: int | None = None, compiled=False):
         self.config, self.dtype, self.device = model.config, model.dtype, model.device
-        self.width, self.compiled, self.form = width or natural_width(model), compiled, form
+        self.width, self.form = width or natural_width(model), form
         linear = LINEARS[form]
         count = self.config.num_stages if stages is None else stages
         self.stages = [StageLayers(model, stage, linear) for stage in range(count)]
-        self.heads = [linear(_folded_head(model, stage)) for stage in range(count)]
-        self._graphs: dict = {}
-        self.compile_seconds = 0.0
+        self.heads = Heads(model, count, linear)
+        self.graphs = Graphs(self.device) if compiled else None
 
-    def run_stage(self, stage: int, x, ids, before, slots, write, keys, values, span: int, wide: bool) -> torch.Tensor:
-        """States ``[B, W, D]`` behind a stage, see :class:`StageLayers`; ``wide`` blocks are never compiled."""
-        arguments = (x, ids, before, slots, write, keys, values, span)
-        if wide:
-            return self.stages[stage](*arguments)
-        return self._call(("stage", stage, len(ids), span), self.stages[stage].forward, *arguments)
+    def run_stage(self, stage: int, width: int, span: int, table, ids, behind, states, keys, values) -> None:
+        """Run a block of lanes through a stage, see :class:`StageLayers`; only decode steps are compiled."""
+        is_step = width == self.width and span == ids.shape[1]
+        tensors = (table, ids, behind, states, keys, values)
+        self._call(("stage", stage, *ids.shape), self.stages[stage], (width, span), tensors, is_step)
 
-    def logits(self, stage: int, x: torch.Tensor) -> torch.Tensor:
-        """Capped fp32 logits ``[B, W, V]`` of one stage from its boundary states ``[B, W, D]``."""
-        return self._call(("head", stage, len(x)), lambda states: self._head(stage, states), x)
+    def logits(self, stage: int, table, states: torch.Tensor) -> torch.Tensor:
+        """Capped fp32 logits ``[B, W, V]`` of one stage at a block's lanes, from its states ``[B, S, D]``."""
+        fixed = (self.width, (stage,), None, 0.0)
+        return self._call(("head", stage, *states.shape), self.heads, fixed, (table, states))
 
-    def pool(self, stages: Sequence[int], states: Sequence[torch.Tensor], weights, alpha: float) -> torch.Tensor:
-        """Log-probabilities ``[B, W, V]`` of the product of experts, see :func:`combine`, in one pass.
-
-        A normaliser of one expert is the same for the whole vocabulary, so that only the last one matters.
-        """
+    def pool(self, stages: Sequence[int], table, states: Sequence[torch.Tensor], weights, alpha: float) -> torch.Tensor:
+        """Log-probabilities ``[B, W, V]`` of the product of ``stages`` at a block's lanes, in one pass."""
         stages, weights = tuple(stages), tuple(weights or [1.0 / len(stages)] * len(stages))
+        key = ("pool", stages, weights, alpha, *states[0].shape)
+        return self._call(key, self.heads, (self.width, stages, weights, alpha), (table, *states))
 
-        def function(*states):
-            logits = [self._head(stage, x) for stage, x in zip(stages, states, strict=True)]
-            pooled = sum(weight * z for weight, z in zip(weights, logits, strict=True))
-            return F.log_softmax(len(stages) ** alpha * pooled, dim=-1)
-
-        return self._call(("pool", stages, weights, alpha, len(states[0])), function, *states)
-
-    def _head(self, stage: int, x: torch.Tensor) -> torch.Tensor:
-        z = self.heads[stage](rmsnorm(x, self.config.rms_norm_eps))
-        cap = self.config.logit_softcap
-        return cap * torch.tanh(z.to(torch.promote_types(z.dtype, torch.float32)) / cap)
-
-    def _call(self, key: tuple, function, *arguments) -> torch.Tensor:
-        """``function(*arguments)``, or its graph; ``key`` tells function and shapes apart."""
-        if not self.compiled:
-            return function(*arguments)
-        if key in self._graphs:
-            return self._graphs[key](*arguments)
-        began, cpu = time.perf_counter(), self.device.type == "cpu"
-        # The key stands for all that guards would check at every call.
-        options = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
-        options |= {"cpp_wrapper": True} if cpu else {"triton.cudagraphs": True}  # what makes launches cheap
-        graph = torch.compile(_apart(function), dynamic=False, fullgraph=True, options=options)
-        with torch._inductor.config.patch(freezing=cpu):  # packs the weights in the graph for the processor's kernels
-            out = graph(*arguments)
-        self._graphs[key] = graph
-        self.compile_seconds += time.perf_counter() - began
-        return out
+    def _call(self, key: tuple, module: nn.Module, fixed: tuple, tensors: tuple, is_step: bool = True):
+        """``module(*fixed, *tensors)``, or its graph; ``key`` tells function and shapes apart."""
+        if self.graphs is None or not is_step:
+            return module(*fixed, *tensors)
+        return self.graphs.call(key, module, fixed, *tensors)
 
 
 class Engines:
@@ -230,13 +246,17 @@ class Engines:
             self.width, self.compiled, self.made, self.measured = width, compiled, {}, {}
 
 
-def _apart(function):
-    """``function`` behind a code object of its own: torch keeps graphs by code object."""
+def find_lanes(table: torch.Tensor, width: int, spare: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Slot of every lane ``[B, width]``, and where it writes: lanes that a row does not use write to slot ``spare``."""
+    lane = torch.arange(width, device=table.device)
+    slots = (table[0, :, None] + lane).clamp(max=spare)
+    return slots, torch.where(lane < table[1, :, None], slots, spare)
 
-    def forward(*arguments):
-        return function(*arguments)
 
-    return types.FunctionType(forward.__code__.replace(), globals(), "forward", None, forward.__closure__)
+def keep_tensors(module: nn.Module, **tensors: torch.Tensor | None) -> None:
+    """Make tensors buffers of a module, so that a graph of it finds them."""
+    for name, tensor in tensors.items():
+        module.register_buffer(name, None if tensor is None else tensor.detach(), persistent=False)
 
 
 def attention_dtype(config, dtype: torch.dtype) -> torch.dtype:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from .engine_cognica_poe import Engine, attention_dtype
+from .engine_cognica_poe import Engine, attention_dtype, find_lanes
 
 
 class StageCache:
@@ -46,7 +46,7 @@ class StageCache:
         self.ids = prompts[0].new_zeros(len(prompts), self.slots)
         for row, prompt in enumerate(prompts):
             self.ids[row, : len(prompt)] = prompt
-        self._lanes_of, self._lanes_are = None, None
+        self._table_of, self._table = None, None
         self.rows = torch.arange(len(prompts), device=self.ids.device)[:, None]
         self.states: list[torch.Tensor | None] = [None] * len(engine.stages)
         self.keys: list[list[torch.Tensor] | None] = [None] * len(engine.stages)
@@ -56,7 +56,7 @@ class StageCache:
 
     def append(self, tokens: torch.Tensor, counts: Sequence[int]) -> None:
         """Make the first ``counts[r]`` of ``tokens`` ``[B, n]`` known in row r; they are then pending at stage 0."""
-        _, write = self._lanes(self.known, counts, tokens.shape[1])
+        _, write = find_lanes(self._lanes(self.known, counts), tokens.shape[1], self.spare)
         self.ids[self.rows, write] = tokens
         self.known = [known + count for known, count in zip(self.known, counts, strict=True)]
 
@@ -85,15 +85,12 @@ class StageCache:
             self.lengths[stage] = [start + count for start, count in zip(starts, counts, strict=True)]
 
     def _run(self, stage: int, starts: list[int], counts: list[int], width: int, wide: bool) -> None:
-        slots, write = self._lanes(starts, counts, width)
-        ids, before = self.ids[self.rows, slots], self.ids[self.rows, (slots - 1).clamp(min=0)]
-        x = self.states[stage - 1][self.rows, slots] if stage else None
         if self.states[stage] is None:
             self._allocate(stage)
+        behind = self.states[stage - 1] if stage else None
         span = max(start + count for start, count in zip(starts, counts, strict=True)) if wide else self.slots
-        keys, values = self.keys[stage], self.values[stage]
-        x = self.engine.run_stage(stage, x, ids, before, slots, write, keys, values, span, wide)
-        self.states[stage][self.rows, write] = x
+        buffers = (self.ids, behind, self.states[stage], self.keys[stage], self.values[stage])
+        self.engine.run_stage(stage, width, span, self._lanes(starts, counts), *buffers)
 
     def _allocate(self, stage: int) -> None:
         config, B = self.config, len(self.known)
@@ -106,33 +103,31 @@ class StageCache:
             B, self.slots, config.hidden_size, dtype=self.engine.dtype, device=self.ids.device
         )
 
-    def _lanes(self, starts: Sequence[int], counts: Sequence[int], width: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Slot of every lane ``[B, width]`` within the buffers, and where it writes: unused ones to the spare slot."""
-        key = (tuple(starts), tuple(counts), width)
-        if key != self._lanes_of:  # the stages of one step, and its heads, run on the same lanes
-            table = torch.tensor([starts, [int(count) for count in counts]], device=self.ids.device)
-            lane = torch.arange(width, device=self.ids.device)
-            slots = (table[0, :, None] + lane).clamp(max=self.spare)
-            self._lanes_of, self._lanes_are = key, (slots, torch.where(lane < table[1, :, None], slots, self.spare))
-        return self._lanes_are
+    def _lanes(self, starts: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
+        """Where the lanes of a block stand, ``[2, B]`` on the device; kept, for stages and heads of a step agree."""
+        key = (tuple(starts), tuple(counts))
+        if key != self._table_of:
+            values = [starts, [int(count) for count in counts]]
+            self._table_of, self._table = key, torch.tensor(values, device=self.ids.device)
+        return self._table
 
     # ---- heads ----------------------------------------------------------------------------------------------------
 
     def logits(self, stage: int, starts: list[int], count: int = 1) -> torch.Tensor:
         """Capped logits ``[B, count, V]`` of one stage for the tokens from slot ``starts[r]`` on."""
-        return self._heads([stage], starts, count, lambda states: self.engine.logits(stage, states[0]))
+        return self._heads(starts, count, lambda table: self.engine.logits(stage, table, self.states[stage]))
 
     def pool(self, stages: Sequence[int], starts: list[int], count: int, weights, alpha: float) -> torch.Tensor:
         """Log-probabilities ``[B, count, V]`` of the pool of ``stages`` for the tokens from slot ``starts[r]`` on."""
-        return self._heads(stages, starts, count, lambda states: self.engine.pool(stages, states, weights, alpha))
+        states = [self.states[stage] for stage in stages]
+        return self._heads(starts, count, lambda table: self.engine.pool(stages, table, states, weights, alpha))
 
-    def _heads(self, stages: Sequence[int], starts: list[int], count: int, function: Callable) -> torch.Tensor:
+    def _heads(self, starts: list[int], count: int, function: Callable) -> torch.Tensor:
         width, pieces = self.engine.width, []
         for done in range(0, count, width):
             now = [min(count - done, width)] * len(starts)
-            slots, _ = self._lanes([start + done for start in starts], now, width)
-            pieces.append(function([self.states[stage][self.rows, slots] for stage in stages]))
-        return torch.cat(pieces, dim=1)[:, :count]
+            pieces.append(function(self._lanes([start + done for start in starts], now)))
+        return torch.cat(pieces, dim=1)[:, :count] if len(pieces) > 1 else pieces[0][:, :count]
 
 
 def slot_count(needed: int) -> int:
