@@ -13,7 +13,7 @@ import torch
 
 from cognica_poe.modeling.configuration_cognica_poe import CognicaPoEConfig
 from cognica_poe.recipes import Recipe
-from cognica_poe.training.cross_entropy import chunk_rows
+from cognica_poe.training.cross_entropy import block_rows, chunk_rows
 from cognica_poe.training.muon import ITERATIONS, second_moment_shape
 from cognica_poe.training.objective import Objective
 from cognica_poe.training.optimizer import group_of
@@ -83,12 +83,17 @@ class Costs:
         D, V, R = config.hidden_size, config.vocab_size, rows * config.max_position_embeddings
         heads = config.num_stages if config.poe_mode == "hier" else 1
         chunk = chunk_rows(R, V, torch.device(device))
-        per_token = sum(self.layer_bytes(layer, c) for layer in layers)
+        block = block_rows(chunk, V, torch.device(device))
+        per_layer = [self.layer_bytes(layer, c) for layer in layers]
         formula = "R (4 (3 D + qd + kd) + c (2 D + 2 qd + 2 kd + 2 I)) per layer, + casts, + c R kd per value embedding"
+        kept, logits = R * sum(per_layer), V * (chunk * c + block * 8)
+        if self.recipe.training.recompute:  # a layer's own come back when the logits have gone
+            kept = R * 4 * D * len(layers) + max(0, R * max(per_layer) - logits)
+            formula = "4 R D per layer, + what one layer's own exceed the logits by"
         return [
-            Figure(f"activations of {len(layers)} layers", R * per_token, formula),
+            Figure(f"activations of {len(layers)} layers", kept, formula),
             Figure("embeddings and boundary", 28 * R * D, "7 x 4 R D"),
-            Figure("logits chunk", chunk * V * (8 + c), "rows of a chunk x V (8 + c)"),
+            Figure("logits chunk", logits, "V (c rows of a chunk + 8 rows of a block)"),
             Figure(
                 "folded head and its gradient",
                 heads * (V * D * (4 + c) + R * D * c),
@@ -108,6 +113,12 @@ class Costs:
         config, T = self.config, self.config.max_position_embeddings
         windows = [T if kind == "full_attention" else min(config.short_window, T) for kind in config.layer_types]
         return self.product_flops_per_token() + 12 * self.query_width * sum(windows)
+
+    def recomputed_flops_per_token(self) -> int:
+        """The trunk's second forward where activations are not kept; no part of ``flops_per_token``."""
+        heads = 1 if self.config.poe_mode == "none" else self.config.num_stages
+        trunk = self.flops_per_token() - 6 * heads * self.config.vocab_size * self.config.hidden_size
+        return trunk // 3 if self.recipe.training.recompute else 0
 
     def newton_schulz_flops(self) -> list[int]:
         """Of every matrix: ``steps x (4 m^2 n + 2 m^3)`` with m the shorter side."""

@@ -169,7 +169,7 @@ class Planner:
     def time(self, micro_batches: int) -> list[Figure]:
         """Seconds of a step by part; communication counts where it outlasts what it overlaps with."""
         batch_tokens = self.recipe.training.batch_rows * self.costs.config.max_position_embeddings
-        flops = self.costs.flops_per_token() * batch_tokens / self.N
+        flops = (self.costs.flops_per_token() + self.costs.recomputed_flops_per_token()) * batch_tokens / self.N
         compute = flops / (self._peak(self.c) * self.cluster.mfu)
         muon = self.owner_flops() / (self._peak(self.costs.muon_bytes) * self.cluster.mfu)
         scatter, gather, exchange = map(self._seconds, self.traffic(micro_batches))

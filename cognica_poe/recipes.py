@@ -82,6 +82,9 @@ class TrainingRecipe:
     """auto measures which of the two the processor multiplies faster; weights stay fp32."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of each block; auto: on for CUDA, off elsewhere."""
+    recompute: bool = False
+    """Keep only the states between layers and compute the rest again in the backward pass: a fraction of the memory of
+    activations for a third more work in the trunk."""
     checkpoint_every: int = 1000
     """Steps between checkpoints."""
     keep_checkpoints: int = 3

@@ -108,16 +108,22 @@ def test_step_time_is_work_over_rate():
 # ---- against measurement -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mode", ["flat", "hier", "none"])
-def test_activations_match_the_allocators_peak(mode, dtype):
+def test_activations_match_the_allocators_peak(mode, dtype, recompute):
     recipe = small(mode, (5,) if mode == "none" else (3, 1, 1), width=192, length=128)
+    recipe = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, recompute=recompute))
     model = build_model(recipe.model).train().to(dtype)
-    objective, (inputs, targets) = Objective(model, dtype), batch(recipe, 4)
+    objective, (inputs, targets) = Objective(model, dtype, recompute), batch(recipe, 4)
     objective.backward(inputs, targets)  # makes gradients, masks and tables, which are no activations
     measured = peak_bytes(lambda: objective.backward(inputs, targets))
     expected = sum(figure.value for figure in Costs(recipe).activations(4, dtype.itemsize, "cpu"))
-    assert expected == pytest.approx(measured, rel=0.1)
+    # Where one layer's activations are all there is, the temporaries of its backward are no longer small beside them.
+    assert expected == pytest.approx(measured, rel=0.2 if recompute else 0.1)
+    if recompute:
+        kept = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, recompute=False))
+        assert measured < 0.7 * sum(figure.value for figure in Costs(kept).activations(4, dtype.itemsize, "cpu"))
 
 
 @pytest.mark.parametrize("mode", ["flat", "none"])

@@ -15,7 +15,10 @@ same objective as one graph, the obvious version that tests compare with.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from cognica_poe.modeling.blocks_cognica_poe import rmsnorm, rotary_tables
 from cognica_poe.modeling.modeling_cognica_poe import CognicaPoEForCausalLM
@@ -30,10 +33,14 @@ class Objective:
     Args:
         model: the model; ``model.config.poe_mode`` chooses the objective, ``poe_alpha`` its scale.
         compute_dtype: fp32, or bf16 through autocast with fp32 weights.
+        recompute: keep only the states before every layer, and compute what is inside again for its backward.
     """
 
-    def __init__(self, model: CognicaPoEForCausalLM, compute_dtype: torch.dtype = torch.float32):
+    def __init__(
+        self, model: CognicaPoEForCausalLM, compute_dtype: torch.dtype = torch.float32, recompute: bool = False
+    ):
         self.model, self.config, self.compute_dtype = model, model.config, compute_dtype
+        self.recompute = recompute
         self.mode = self.config.poe_mode
         if self.mode not in TRAINABLE_MODES:
             raise ValueError(
@@ -85,7 +92,7 @@ class Objective:
         return [section for section in sections if section]
 
     def _flat(self, ids, targets, scale, autocast) -> torch.Tensor:
-        model, losses = self.model, []
+        losses = []
         with autocast:
             x0_graph = self._embed(ids)
         x0 = x0_graph.detach().requires_grad_()
@@ -93,7 +100,7 @@ class Objective:
         x = x0
         for stage in range(self.config.num_stages):
             with autocast:
-                x = model.run_layers(self.config.stage_layers(stage), x, x0, ids, rotary, masks)
+                x = self._run_layers(self.config.stage_layers(stage), x, x0, ids, rotary, masks)
                 loss = self._stage_loss(x, stage, targets, softcap_cross_entropy)
             (loss * (scale * self.stage_scale)).backward()
             losses.append(loss.detach())
@@ -108,15 +115,15 @@ class Objective:
         rotary, masks = self._inputs(x0)
         if self.mode == "none":
             half = config.num_hidden_layers // 2 + 1
-            middle = model.run_layers(range(half), x, x0, ids, rotary, masks)
-            x = model.run_layers(range(half, config.num_hidden_layers), middle, x0, ids, rotary, masks)
+            middle = self._run_layers(range(half), x, x0, ids, rotary, masks)
+            x = self._run_layers(range(half, config.num_hidden_layers), middle, x0, ids, rotary, masks)
             n = rmsnorm(x - model.backout_lambda * middle, config.rms_norm_eps).flatten(0, 1)
             return [cross_entropy(n, model.lm_head.weight, targets, config.logit_softcap)]
         losses = []
         for stage in range(config.num_stages):
             if self.mode == "flat" and stage > 0:
                 x = x.detach()
-            x = model.run_layers(config.stage_layers(stage), x, x0, ids, rotary, masks)
+            x = self._run_layers(config.stage_layers(stage), x, x0, ids, rotary, masks)
             losses.append(self._stage_loss(x, stage, targets, cross_entropy))
         return losses
 
@@ -124,6 +131,15 @@ class Objective:
         """The objective as one graph with full logits: the slow, obvious reference (scalar, differentiable)."""
         losses = self._losses(inputs, targets.reshape(-1), reference_cross_entropy)
         return losses[0] if self.mode == "none" else torch.stack(losses).sum() * self.stage_scale
+
+    def _run_layers(self, layers: Iterable[int], x, x0, ids, rotary, masks) -> torch.Tensor:
+        """The model's ``run_layers``, which keeps all activations or the states between layers."""
+        if not self.recompute:
+            return self.model.run_layers(layers, x, x0, ids, rotary, masks)
+        for layer in layers:
+            run = self.model.run_layers
+            x = checkpoint(run, (layer,), x, x0, ids, rotary, masks, use_reentrant=False, preserve_rng_state=False)
+        return x
 
     def _stage_loss(self, x, stage, targets, cross_entropy) -> torch.Tensor:
         n = rmsnorm(x, self.config.rms_norm_eps).flatten(0, 1)

@@ -72,10 +72,11 @@ class StageParallelObjective(Objective):
             parameters move to the meta device and no longer require gradients.
         compute_dtype: as for ``Objective``.
         ranks: this process among the others.
+        recompute: as for ``Objective``.
     """
 
-    def __init__(self, model: CognicaPoEForCausalLM, compute_dtype: torch.dtype, ranks: Ranks):
-        super().__init__(model, compute_dtype)
+    def __init__(self, model: CognicaPoEForCausalLM, compute_dtype: torch.dtype, ranks: Ranks, recompute: bool = False):
+        super().__init__(model, compute_dtype, recompute)
         self.ranks = ranks
         self.stages = assign_stages(model.config, ranks.world)[ranks.rank]
         self.under_way: list[Pending] = []
@@ -109,7 +110,7 @@ class StageParallelObjective(Objective):
         losses = x0.new_zeros(self.config.num_stages)
         for stage in self.stages:
             with autocast:
-                x = self.model.run_layers(self.config.stage_layers(stage), x, x0, ids, rotary, masks)
+                x = self._run_layers(self.config.stage_layers(stage), x, x0, ids, rotary, masks)
                 if stage == self.stages[-1]:
                     self._send(x.detach())
                 loss = self._stage_loss(x, stage, targets, softcap_cross_entropy)

@@ -120,9 +120,9 @@ class Trainer:
         dtype = found.state["compute_dtype"] if found else training.compute_dtype
         self.compute_dtype = self.ranks.first(lambda: choose_compute_dtype(dtype, self.device))
         if self.by_stages:
-            self.objective = StageParallelObjective(self.model, self.compute_dtype, self.ranks)
+            self.objective = StageParallelObjective(self.model, self.compute_dtype, self.ranks, training.recompute)
         else:
-            self.objective = Objective(self.model, self.compute_dtype)
+            self.objective = Objective(self.model, self.compute_dtype, training.recompute)
         if training.compile == "on" or (training.compile == "auto" and self.device.type == "cuda"):
             for block in self.model.transformer.h:
                 block.compile()

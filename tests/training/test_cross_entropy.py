@@ -22,11 +22,12 @@ def value_and_gradients(function, n, weight, targets, scale=0.7):
     return loss, *torch.autograd.grad(loss * scale, (n, weight))
 
 
+@pytest.mark.parametrize("rows_per_block", [1, 3, 100])
 @pytest.mark.parametrize("rows_per_chunk", [1, 2, 5, 36, 37, 1000])
-def test_chunk_boundaries_change_nothing(monkeypatch, rows_per_chunk):
+def test_boundaries_of_chunks_and_blocks_change_nothing(monkeypatch, rows_per_chunk, rows_per_block):
     n, weight, targets = inputs()
+    monkeypatch.setattr(cross_entropy, "BLOCK_ELEMENTS", rows_per_block * weight.shape[0])
     monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", rows_per_chunk * weight.shape[0])
-    monkeypatch.setattr(cross_entropy, "CHUNK_ROWS", 1)
     assert chunk_rows(37, 29, n.device) == min(37, rows_per_chunk)
     ours = value_and_gradients(softcap_cross_entropy, n, weight, targets)
     expected = value_and_gradients(reference_cross_entropy, n, weight, targets)
@@ -36,7 +37,6 @@ def test_chunk_boundaries_change_nothing(monkeypatch, rows_per_chunk):
 
 def test_a_vocabulary_larger_than_a_chunk_goes_row_by_row(monkeypatch):
     monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", 4)
-    monkeypatch.setattr(cross_entropy, "CHUNK_ROWS", 1)
     assert chunk_rows(37, 29, torch.device("cpu")) == 1
 
 
@@ -47,7 +47,6 @@ def test_gradients_match_finite_differences():
 
 def test_fp32_stays_within_rounding(monkeypatch):
     monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", 29 * 8)
-    monkeypatch.setattr(cross_entropy, "CHUNK_ROWS", 1)
     ours = value_and_gradients(softcap_cross_entropy, *inputs(dtype=torch.float32))
     expected = value_and_gradients(reference_cross_entropy, *inputs())
     assert [t.dtype for t in ours] == [torch.float32] * 3
@@ -102,8 +101,10 @@ def test_large_logits_saturate_at_the_cap(dtype):
     assert ours[0] < 2 * CAP + 3.4
 
 
-def test_a_large_vocabulary_still_gets_rows_enough():
-    """Every chunk reads the whole head: too few rows and the product waits for memory."""
-    assert chunk_rows(4096, 32768, torch.device("cpu")) == cross_entropy.CHUNK_ROWS
-    assert chunk_rows(100, 32768, torch.device("cpu")) == 100
-    assert chunk_rows(4096, 512, torch.device("cpu")) == cross_entropy.CHUNK_ELEMENTS // 512
+def test_chunks_bound_the_logits_held():
+    """Never all tokens of a large batch, and never so few that the product waits for the head to be read."""
+    processor = torch.device("cpu")
+    assert chunk_rows(1 << 20, 32768, processor) == 1024
+    assert chunk_rows(100, 32768, processor) == 100
+    assert chunk_rows(1 << 20, 512, processor) == cross_entropy.CHUNK_ELEMENTS // 512
+    assert chunk_rows(1 << 20, 32768, torch.device("cuda")) == 4096

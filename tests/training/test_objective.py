@@ -57,6 +57,25 @@ def test_backward_equals_the_one_graph_objective(mode, stages, alpha):
     torch.testing.assert_close(losses.sum() / K ** (1 - alpha), value, atol=1e-10, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", ["flat", "hier", "none"])
+def test_recomputed_activations_give_the_same_gradients_bit_for_bit(mode, dtype):
+    model = training_model(mode, [5] if mode == "none" else [2, 1, 2]).float()
+    inputs, targets = tokens()
+    runs, found = [], []
+    run = model.transformer.h[0].forward
+    for recompute in (False, True):
+        calls = []
+        model.transformer.h[0].forward = lambda *a, calls=calls, **k: (calls.append(1), run(*a, **k))[1]
+        model.zero_grad()
+        losses = Objective(model, dtype, recompute).backward(inputs, targets)
+        runs.append(len(calls))
+        found.append({**accumulated(model), "losses": losses})
+    assert runs == [1, 2]
+    for name, gradient in found[0].items():
+        assert gradient is None if found[1][name] is None else torch.equal(gradient, found[1][name]), name
+
+
 @pytest.mark.parametrize("stages", [[5], [2, 1, 2]])
 def test_plain_path_equals_the_one_graph_objective(stages):
     model = training_model("none", stages)
