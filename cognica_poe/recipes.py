@@ -82,6 +82,8 @@ class TrainingRecipe:
     """auto measures which of the two the processor multiplies faster; weights stay fp32."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of each block; auto: on for CUDA, off elsewhere."""
+    attention: Literal["sdpa", "flex_attention"] = "sdpa"
+    """flex_attention skips what a sliding window hides, on CUDA; sdpa masks it. It trains on CUDA alone."""
     recompute: bool = False
     """Keep only the states between layers and compute the rest again in the backward pass: a fraction of the memory of
     activations for a third more work in the trunk."""

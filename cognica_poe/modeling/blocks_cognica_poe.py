@@ -92,6 +92,8 @@ class Attention(nn.Module):
             # Low-precision kernels round prefill and decode differently; in fp32 the two agree (card, "Numerical").
             q, k, v = (t if t.dtype == torch.float64 else t.float() for t in (q, k, v))
             mask = mask.to(q.dtype) if mask is not None and mask.is_floating_point() else mask
+        elif implementation == "flex_attention":  # knows no autocast, under which the norms of q and k return fp32
+            q, k = q.to(v.dtype), k.to(v.dtype)
         out, _ = attend(
             self, q, k, v, mask, dropout=0.0, scaling=self.head_dim**-0.5, sliding_window=self.sliding_window
         )

@@ -117,6 +117,9 @@ class Trainer:
                 raise UserError(f"{self.run}: no checkpoint is sound; restore one, or choose another --out")
             raise UserError(f"{self.run} already holds checkpoints: add --resume, or choose another --out")
         self.model = build_model(model, training.seed).to(self.device).train()
+        if training.attention == "flex_attention" and self.device.type != "cuda":
+            raise UserError(f"recipe {recipe.name}: training.attention flex_attention trains on CUDA alone; use sdpa")
+        self.model.set_attn_implementation(training.attention)
         dtype = found.state["compute_dtype"] if found else training.compute_dtype
         self.compute_dtype = self.ranks.first(lambda: choose_compute_dtype(dtype, self.device))
         if self.by_stages:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cognica_poe.modeling.configuration_cognica_poe import CognicaPoEConfig
+from cognica_poe.modeling.graphs_cognica_poe import has_compiler
 from cognica_poe.modeling.modeling_cognica_poe import CognicaPoEForCausalLM
 from cognica_poe.modeling.sampling_cognica_poe import combine
 from tests.conftest import make_model
@@ -163,3 +164,17 @@ def test_loss_is_the_next_token_cross_entropy(tiny_model):
 def test_contradictory_configurations(fields, message):
     with pytest.raises(ValueError, match=message):
         make_model(**fields)
+
+
+@pytest.mark.slow  # compiles the kernel
+@pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
+@torch.no_grad()
+def test_flex_attention_sees_the_same_windows():
+    model = make_model(dtype=torch.float32, hidden_size=64, head_dim=16, short_window=20)
+    ids = torch.randint(0, 97, (2, 150))
+    expected = model.boundary_states(ids)[0][-1]
+    model.set_attn_implementation("flex_attention")
+    torch.testing.assert_close(model.boundary_states(ids)[0][-1], expected, atol=1e-4, rtol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = model.train().boundary_states(ids)[0][-1]
+    assert torch.nn.functional.cosine_similarity(low.flatten(), expected.flatten(), dim=0) > 0.999

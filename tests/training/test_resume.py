@@ -119,6 +119,22 @@ def test_a_run_is_not_overwritten_or_mixed(fresh, texts):
         life.prepare(small_recipe(texts, steps=99), run, lambda line: None, resume=True)
 
 
+def test_flex_attention_is_refused_on_a_processor(fresh):
+    recipe, run = fresh("run", steps=3, attention="flex_attention")
+    with pytest.raises(UserError, match="trains on CUDA alone; use sdpa"):
+        Trainer(recipe, run, life.open_rows(run, recipe))
+
+
+def test_a_run_that_recomputes_activations_has_the_same_weights(fresh):
+    runs = []
+    for name, recompute in (("kept", False), ("again", True)):
+        recipe, run = fresh(name, steps=3, recompute=recompute)
+        trainer = Trainer(recipe, run, life.open_rows(run, recipe))
+        trainer.train()
+        runs.append(trainer.model.state_dict())
+    assert all(torch.equal(value, runs[1][name]) for name, value in runs[0].items())
+
+
 def test_a_non_finite_loss_stops_before_the_update(fresh):
     recipe, run = fresh("run")
     trainer = Trainer(recipe, run, life.open_rows(run, recipe))
