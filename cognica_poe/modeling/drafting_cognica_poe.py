@@ -47,6 +47,8 @@ class StageDrafter:
             it is would bend the distribution.
     """
 
+    adds_token = True
+
     def __init__(self, own: StageCache, cache: StageCache, transcript: Transcript, stage: int, confidence: float):
         self.own, self.cache, self.transcript = own, cache, transcript
         self.stage, self.confidence = stage, confidence
@@ -90,7 +92,11 @@ class LookupDrafter:
     """Guesses from earlier n-grams; the drafting stages run over guesses in blocks and keep what they would have drawn.
 
     The tokens, and when sampling their distributions, are those of :class:`StageDrafter` on the same random numbers.
+    The last draft of a round is not run through the drafting stages for the sake of the one token behind it: the first
+    check of the next round does so beside its guesses.
     """
+
+    adds_token = False
 
     def __init__(self, cache: StageCache, transcript: Transcript, stage: int, confidence: float):
         self.cache, self.transcript = cache, transcript

@@ -27,12 +27,15 @@ from .linears_cognica_poe import LINEARS
 def natural_width(model) -> int:
     """Lanes of a decode step that cost about as much as one lane.
 
-    Accelerators read weights far slower than they multiply: 8. A processor with bf16 products takes 4 rows in 1.2 times
-    the time of one; in fp32 every row costs as much as the first, and only 1 is free (docs/decoding.md).
+    Accelerators read weights far slower than they multiply: 8, and so do processors with tile instructions for bf16.
+    Others with bf16 products take 4 rows in 1.2 times the time of one; in fp32 every row costs as much as the first,
+    and only 1 is free (docs/decoding.md).
     """
     if model.device.type != "cpu":
         return 8
-    return 4 if model.dtype == torch.bfloat16 else 1
+    if model.dtype != torch.bfloat16:
+        return 1
+    return 8 if torch.cpu._is_amx_tile_supported() else 4
 
 
 class DecodeLayer(nn.Module):

@@ -104,7 +104,8 @@ def decode_speculative(
     """A drafter proposes, the full pool verifies all proposals in one block.
 
     Verifying runs the drafting stages on what they have not seen and the deeper stages on the whole block. Rejected
-    tokens are forgotten by length. Rows accept unequal numbers of drafts.
+    tokens are forgotten by length. Rows accept unequal numbers of drafts. The pool behind the last draft gives one more
+    token where all were accepted, unless the drafter leaves that draft to its next check (``adds_token``).
 
     Args:
         model: the causal language model.
@@ -119,24 +120,27 @@ def decode_speculative(
     drafter = make_drafter(drafter, model, cache, transcript, draft_stage, confidence)
     _pool_step(cache, transcript, stages, None, alpha)  # the token behind the prompt, as in plain decoding
     drafter.follow()
+    one_more = int(drafter.adds_token)
     while not transcript.done:
         rows, start = transcript.open_rows, list(cache.known)
-        limits = [min(k_draft, max(transcript.remaining(row) - 1, 0)) for row in range(len(rows))]
+        limits = [min(k_draft, max(transcript.remaining(row) - one_more, 0)) for row in range(len(rows))]
         drafts, drawn_from, asked = drafter.draft(limits)
-        cache.advance(0, stages[-1], rows)
-        pool = cache.pool(stages, [length - 1 for length in start], drafts.shape[1] + 1, None, alpha)
+        cache.advance(0 if one_more else draft_stage + 1, stages[-1], rows)
+        pool = cache.pool(stages, [length - 1 for length in start], drafts.shape[1] + one_more, None, alpha)
         kept, following = _verify(transcript, pool, drafts, drawn_from, asked)
         host = torch.cat((kept[:, None], following[:, None], drafts), dim=1).tolist()
+        behind = [bool(one_more) or accepted < count for (accepted, *_), count in zip(host, asked, strict=True)]
         for row, (accepted, token, *proposals) in enumerate(host):
             if not rows[row]:
                 continue
-            written = transcript.extend(row, [*proposals[:accepted], token])
+            written = transcript.extend(row, [*proposals[:accepted], *[token] * behind[row]])
             counts.rounds += 1
             counts.kept.append(min(written, accepted))
             counts.accepted += min(written, accepted)
             counts.proposed += written if written <= accepted else asked[row]
         cache.truncate([length + accepted for length, (accepted, *_) in zip(start, host, strict=True)])
-        cache.append(following[:, None], transcript.open_rows)
+        follows = [part and is_open for part, is_open in zip(behind, transcript.open_rows, strict=True)]
+        cache.append(following[:, None], follows)
         drafter.follow()
     return transcript, counts
 
@@ -148,8 +152,13 @@ def _verify(
     drawn_from: torch.Tensor | None,
     asked: list[int],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Number of kept drafts ``[B]`` and the token ``[B]`` after them, from the pool ``[B, k+1, V]``."""
+    """Number of kept drafts ``[B]`` and the token ``[B]`` after them, from the pool ``[B, k+1, V]``.
+
+    With a pool of k lanes the token behind k kept drafts is meaningless.
+    """
     choice, rows, k = transcript.request.choice, len(asked), drafts.shape[1]
+    if pool.shape[1] == k:
+        pool = torch.cat((pool, pool[:, -1:]), dim=1)
     counts = torch.tensor(asked, device=pool.device)
     pool = transcript.processed(pool, drafts, [0] * rows)
     if not choice.do_sample:

@@ -74,10 +74,13 @@ def wand(
     return rows, counts
 
 
-def speculative(model, request: GenerationRequest, draft_stage: int, k_draft: int) -> tuple[list[list[int]], dict]:
+def speculative(
+    model, request: GenerationRequest, draft_stage: int, k_draft: int, adds_token: bool = True
+) -> tuple[list[list[int]], dict]:
     """Draft with one stage, verify with the full pool; greedy, or the accept/residual rule when sampling.
 
     The token behind the prompt comes from the full pool, and a row stops drafting behind a drafted end of the text.
+    With ``adds_token`` the pool gives one more token where it kept all drafts.
     """
     rows, proposed, accepted, rounds = [], 0, 0, 0
     for row, length in enumerate(request.lengths):
@@ -86,7 +89,7 @@ def speculative(model, request: GenerationRequest, draft_stage: int, k_draft: in
         text.append(_pick(request, _processed(request, text, first), row, 0, FINAL))
         while not _ended(request, row, text[length:]):
             done = len(text) - length
-            k = min(k_draft, request.max_new_tokens - done - 1)
+            k = min(k_draft, request.max_new_tokens - done - adds_token)
             drafts, draft_scores = [], []
             while len(drafts) < k and not (drafts and drafts[-1] in request.eos):
                 scores = stage_logits(model, text + drafts)[draft_stage][-1].log_softmax(dim=-1)
@@ -94,7 +97,7 @@ def speculative(model, request: GenerationRequest, draft_stage: int, k_draft: in
                 drafts.append(_pick(request, draft_scores[-1], row, done + len(drafts), DRAFT))
             pool = combine(stage_logits(model, text + drafts), model.config.poe_alpha)[len(text) - 1 :]
             new = []
-            for i, draft in enumerate([*drafts, None]):
+            for i, draft in enumerate([*drafts, *[None] * adds_token]):
                 scores = _processed(request, text + drafts[:i], pool[i])
                 drawn_from = request.choice.probabilities(draft_scores[i]) if draft is not None else None
                 token = _verify(request, scores, draft, drawn_from, row, done + i)

@@ -81,8 +81,8 @@ def test_speculation(model, settings, draft_stage):
     ids, options, checked = request(model, settings)
     accepted = proposed = 0
     for k_draft in (1, 5):
-        rows, counts = reference.speculative(model, checked, draft_stage, k_draft)
         for drafter in ("stage", "lookup"):
+            rows, counts = reference.speculative(model, checked, draft_stage, k_draft, drafter == "stage")
             output, found = model.generate_speculative(
                 ids, draft_stage, k_draft, drafter=drafter, return_acceptance=True, **options
             )
