@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -78,6 +79,8 @@ def measure(model: Any, prompts: Sequence[torch.Tensor], settings: Settings, pee
         for case in [*cases, *others]:  # kernels are chosen and graphs made before anything is timed
             case.run(prompts[0])
         log(f"{len(cases) + len(others)} ways, warm; {compile_seconds(model):.1f} s of compiling")
+        gc.collect()
+        gc.freeze()  # the compiler leaves millions of objects: walking them now and then would slow all ways down
         _interleave([*cases, *others], prompts, settings.rounds, log)
     plain = [case for case in cases if case.mode == "full"]
     baseline = min(plain, key=lambda case: sum(case.times))

@@ -223,6 +223,11 @@ def draw(transcript: Transcript, scores: torch.Tensor, ahead, first: list[int], 
         may go on behind it.
     """
     request, lanes = transcript.request, range(scores.shape[1])
+    if not (request.choice.do_sample or request.processors or confidence):  # normalising moves no maximum
+        tokens, probabilities = scores.argmax(dim=-1), None
+        if not request.eos:
+            return tokens, probabilities, [[True] * len(lanes)] * len(first)
+        return tokens, probabilities, [[token not in request.eos for token in row] for row in tokens.tolist()]
     scores = transcript.processed(scores.log_softmax(dim=-1), ahead, first)
     probabilities = request.choice.probabilities(scores) if request.choice.do_sample else None
     uniform = transcript.uniforms(DRAFT, [[place + i for i in lanes] for place in first])
@@ -231,8 +236,6 @@ def draw(transcript: Transcript, scores: torch.Tensor, ahead, first: list[int], 
     if confidence > 0:
         weights = scores.softmax(dim=-1) if probabilities is None else probabilities
         sure = weights.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) >= confidence
-    elif not request.eos:
-        return tokens, probabilities, [[True] * len(lanes)] * len(first)
     for end in request.eos:
         sure = sure & (tokens != end)
     return tokens, probabilities, sure.tolist()

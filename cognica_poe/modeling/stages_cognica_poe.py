@@ -56,8 +56,12 @@ class StageCache:
 
     def append(self, tokens: torch.Tensor, counts: Sequence[int]) -> None:
         """Make the first ``counts[r]`` of ``tokens`` ``[B, n]`` known in row r; they are then pending at stage 0."""
-        _, write = find_lanes(self._lanes(self.known, counts), tokens.shape[1], self.spare)
-        self.ids[self.rows, write] = tokens
+        if len(counts) == 1:  # a slice costs a tenth of an index
+            start, count = self.known[0], int(counts[0])
+            self.ids[0, start : start + count] = tokens[0, :count]
+        else:
+            _, write = find_lanes(self._lanes(self.known, counts), tokens.shape[1], self.spare)
+            self.ids[self.rows, write] = tokens
         self.known = [known + count for known, count in zip(self.known, counts, strict=True)]
 
     def truncate(self, known: list[int]) -> None:
