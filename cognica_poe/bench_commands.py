@@ -22,8 +22,9 @@ def bench_train(
     nanochat: Path | None = None,
     compile: Literal["auto", "on", "off"] = "auto",
     rounds: int = 3,
-    steps: int = 4,
-    rows: int = 8,
+    steps: int = 2,
+    rows: int = 32,
+    micro_rows: int = 8,
     vocab: int = 32_768,
     length: int = 512,
     freed_memory: Literal["kept", "given-back"] = "kept",
@@ -41,8 +42,9 @@ def bench_train(
         nanochat: A checkout of nanochat to compare with.
         compile: torch.compile, for both sides; auto: where a C++ compiler is found.
         rounds: Processes per case.
-        steps: Measured steps per process, after two that are not.
+        steps: Measured steps per process, after two micro-batches that are not.
         rows: Rows per step.
+        micro_rows: Rows of one forward and backward pass.
         vocab: Tokens of the vocabulary.
         length: Tokens of a row.
         freed_memory: Whether our process keeps freed blocks of memory, as training does, or gives them back.
@@ -53,8 +55,11 @@ def bench_train(
     for name, value in (("rounds", rounds), ("steps", steps), ("rows", rows), ("length", length), ("vocab", vocab)):
         if value < 1:
             raise UserError(f"bench train: --{name} is {value}; it must be at least 1")
+    micro_rows = min(micro_rows, rows)
+    if micro_rows < 1 or rows % micro_rows:
+        raise UserError(f"bench train: --rows {rows} is no multiple of --micro-rows {micro_rows}")
     skipped = [] if nanochat else ["nanochat: not compared, no checkout given (--nanochat PATH)"]
-    settings = {"rows": rows, "micro_rows": rows, "vocab": vocab, "length": length, "steps": steps}
+    settings = {"rows": rows, "micro_rows": micro_rows, "vocab": vocab, "length": length, "steps": steps}
     settings["keep_freed_memory"] = freed_memory == "kept"
     dtypes = dtypes or _useful_dtypes(skipped)
     cases = make_cases(shapes, modes, dtypes, _compiled(compile, skipped), nanochat, **settings)

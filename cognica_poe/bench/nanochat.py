@@ -23,8 +23,8 @@ def check_checkout(path: Path) -> Path:
 
 def build_step(
     path: Path, shape: ModelRecipe, dtype: str, device: torch.device, rows: int, micro_rows: int, compiled: bool
-) -> tuple[Callable[[], None], Callable[[], None]]:
-    """Backward of one batch and the update that follows it, with nanochat's own code.
+) -> tuple[Callable[..., None], Callable[[], None]]:
+    """Backward of one batch (or its first ``micro_batches``) and the update that follows, with nanochat's own code.
 
     Args:
         path: checkout.
@@ -52,8 +52,8 @@ def build_step(
     run = torch.compile(model, dynamic=False) if compiled else model
     ids = torch.randint(shape.vocab_size, (rows, shape.max_position_embeddings + 1), device=device)
 
-    def backward() -> None:
-        for part in ids.split(micro_rows):
+    def backward(micro_batches: int | None = None) -> None:
+        for part in ids.split(micro_rows)[:micro_batches]:
             (run(part[:, :-1].contiguous(), part[:, 1:].contiguous()) * (micro_rows / rows)).backward()
 
     def update() -> None:

@@ -43,12 +43,13 @@ class Case:
     """Layers x width."""
     dtype: str
     compile: bool
-    rows: int = 8
+    rows: int = 32
     micro_rows: int = 8
     vocab: int = 32768
     length: int = 512
     warmup: int = 2
-    steps: int = 4
+    """Micro-batches, each with an update, before measuring."""
+    steps: int = 2
     keep_freed_memory: bool = True
     """Whether the allocator keeps freed blocks (``training.memory``); no effect on nanochat."""
     nanochat: str | None = None
@@ -101,7 +102,7 @@ def measure(case: Case) -> dict[str, Any]:
     device, recipe = default_device(), make_recipe(case)
     backward, update = _step(case, recipe, device)
     for _ in range(case.warmup):
-        backward(), update()
+        backward(micro_batches=1), update()
     dtype = getattr(torch, case.dtype)
     rate = product_rate(dtype, device)
     reset_peak_memory(device)
@@ -148,7 +149,8 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _step(case: Case, recipe: Recipe, device: torch.device) -> tuple[Callable[[], None], Callable[[], None]]:
+def _step(case: Case, recipe: Recipe, device: torch.device) -> tuple[Callable[..., None], Callable[[], None]]:
+    """``backward(micro_batches=None)`` of the first micro-batches of a step, or all of them, and ``update()``."""
     if case.nanochat is not None:
         path = Path(case.nanochat)
         return build_step(path, recipe.model, case.dtype, device, case.rows, case.micro_rows, case.compile)
@@ -167,8 +169,8 @@ def _step(case: Case, recipe: Recipe, device: torch.device) -> tuple[Callable[[]
             block.compile()
     ids = torch.randint(case.vocab, (case.rows, case.length + 1), device=device)
 
-    def backward() -> None:
-        for part in ids.split(case.micro_rows):
+    def backward(micro_batches: int | None = None) -> None:
+        for part in ids.split(case.micro_rows)[:micro_batches]:
             objective.backward(part[:, :-1], part[:, 1:], case.micro_rows / case.rows)
 
     def update() -> None:
