@@ -16,6 +16,7 @@ from cognica_poe.plan_command import PlanArguments, plan
 from cognica_poe.progress import log
 from cognica_poe.recipes import Recipe, find_recipe
 from cognica_poe.run_commands import RunArguments, TrainArguments, run, train
+from cognica_poe.serving import serve
 from cognica_poe.tables import as_dicts, figures, print_json, print_records, table
 
 Positional = tyro.conf.Positional
@@ -243,6 +244,7 @@ COMMANDS = {
     "publish": publish,
     "report": report,
     "generate": generate_command,
+    "serve": serve,
     "data build": data_build,
     "data pack": data_pack,
     "data which-docs": data_which_docs,

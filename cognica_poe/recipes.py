@@ -85,8 +85,7 @@ class TrainingRecipe:
     attention: Literal["sdpa", "flex_attention"] = "sdpa"
     """flex_attention skips what a sliding window hides, on CUDA; sdpa masks it. It trains on CUDA alone."""
     recompute: bool = False
-    """Keep only the states between layers and compute the rest again in the backward pass: a fraction of the memory of
-    activations for a third more work in the trunk."""
+    """Keep only the states between layers and compute the rest again in the backward: less memory, 1/3 more work."""
     checkpoint_every: int = 1000
     """Steps between checkpoints."""
     keep_checkpoints: int = 3
