@@ -62,7 +62,7 @@ class PoEDecodingMixin:
         Args:
             inputs: prompts ``[B, T]``; ``input_ids`` as a keyword serves as well.
             generation_config: as in transformers. It may itself hold ``poe_mode`` and ``poe_options``, which is how
-                ``pipeline`` and ``transformers serve`` reach the modes of a released folder.
+                ``pipeline`` and ``cognica-poe serve`` reach the modes of a released folder.
             poe_mode: ``full``, ``prefix``, ``stage``, ``wand``, ``speculative`` or ``parallel``; None, unless the
                 generation config says otherwise, is transformers' own loop.
             **kwargs: as in transformers; with a mode also ``poe_options``, a dict with that mode's own arguments.
