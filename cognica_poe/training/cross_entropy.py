@@ -45,16 +45,18 @@ def exponentiate(z: torch.Tensor, cap: float, accumulate: torch.dtype) -> torch.
     between; the pass runs in blocks of rows over two buffers that stay in the cache.
     """
     rows, vocab = z.shape
-    step = block_rows(rows, vocab, z.device)
+    step, same = block_rows(rows, vocab, z.device), z.dtype == accumulate
     total = z.new_empty(rows, 1, dtype=accumulate)
     tanh, p = (z.new_empty(step, vocab, dtype=accumulate) for _ in range(2))
     for start in range(0, rows, step):
         block = z[start : start + step]
         t, e = tanh[: len(block)], p[: len(block)]
-        t.copy_(block).div_(cap).tanh_()
+        (torch.div(block, cap, out=t) if same else t.copy_(block).div_(cap)).tanh_()
         torch.mul(t, cap, out=e).exp_()
         torch.sum(e, dim=1, keepdim=True, out=total[start : start + step])
-        block.copy_(e.addcmul_(e, t.square_(), value=-1.0))
+        torch.addcmul(e, e, t.square_(), value=-1.0, out=block if same else e)
+        if not same:
+            block.copy_(e)
     return total
 
 
