@@ -9,6 +9,7 @@ from cognica_poe.bench import decoding
 from cognica_poe.bench.prompts import find_model, find_prompts
 from cognica_poe.cli import dispatch
 from cognica_poe.errors import UserError
+from cognica_poe.modeling.engine_cognica_poe import natural_width
 from tests.conftest import make_model
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
@@ -31,7 +32,8 @@ def test_rows(found):
     rows = found["rows"]
     assert all(set(FIELDS.split()) <= set(row) for row in rows)
     names = [(row["mode"], row["drafter"]) for row in rows]
-    assert names[:2] == [("full", None)] * 2 and [row["width"] for row in rows[:2]] == [4, 1]
+    width = natural_width(make_model(dtype=torch.bfloat16))
+    assert width > 1 and names[:2] == [("full", None)] * 2 and [row["width"] for row in rows[:2]] == [width, 1]
     assert {("prefix 2", None), ("stage 0", None), ("wand", None), ("speculative", "auto")} <= set(names)
     assert max(row["ratio_to_cached_greedy"] for row in rows[:2]) == 1.0
     for row in rows:
