@@ -118,7 +118,7 @@ with `add_special_tokens=False` put `tokenizer.bos_token_id` in front yourself. 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 repo, revision = {json.dumps(repo)}, {json.dumps(revision)}
-tokenizer = AutoTokenizer.from_pretrained(repo, revision=revision)
+tokenizer = AutoTokenizer.from_pretrained(repo, revision=revision, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(repo, revision=revision, trust_remote_code=True)
 ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
 print(tokenizer.decode(model.generate(ids, max_new_tokens=32, do_sample=False)[0]))

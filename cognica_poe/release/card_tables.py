@@ -58,7 +58,8 @@ def measurements(record: Record) -> str:
     lines += [
         "",
         f"The trained path is in bold. Crossover gap (full pool minus deepest stage): {signed(gap.get('value'), 6)} "
-        f"[{signed(gap.get('low'), 6)}, {signed(gap.get('high'), 6)}] bits per byte, paired over documents.",
+        f"[{signed(gap.get('low'), 6)}, {signed(gap.get('high'), 6)}] bits per byte, paired over documents: "
+        f"{gap_reading(record)}.",
     ]
     wand = record.get("wand") or {}
     if wand.get("exit_fraction"):
@@ -69,6 +70,19 @@ def measurements(record: Record) -> str:
             f"{exits}; the exited token equals the full pool's at {percent(wand.get('agreement'), 2)} of them.",
         ]
     return "\n".join(lines)
+
+
+def gap_reading(record: Record) -> str:
+    """What sign and interval of the crossover gap say. The gap compares the pool with its deepest stage, no other."""
+    gap = record.get("crossover_gap") or {}
+    low, high = gap.get("low"), gap.get("high")
+    if not isinstance(low, (int, float)) or not isinstance(high, (int, float)):
+        return "not measured"
+    if low > 0:
+        return "the pool is worse than its deepest stage"
+    if high < 0:
+        return "the pool is better than its deepest stage"
+    return "no difference from the deepest stage can be told"
 
 
 def trajectory(records: Sequence[Record], release: Mapping[str, Any]) -> str:

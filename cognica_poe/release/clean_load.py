@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 job = json.loads(sys.argv[1])
 torch.set_num_threads(job["threads"])
 where = job["where"]
-tokenizer = AutoTokenizer.from_pretrained(job["source"], **where)
+tokenizer = AutoTokenizer.from_pretrained(job["source"], trust_remote_code=True, **where)
 model = AutoModelForCausalLM.from_pretrained(job["source"], trust_remote_code=True, dtype="auto", **where).eval()
 ids = torch.tensor([job["ids"]])
 with torch.no_grad():

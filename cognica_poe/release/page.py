@@ -57,7 +57,8 @@ depend on the tokenizer. Lower is better.</dd>
 stages combined (a shallower, cheaper model with the same weights); the last layer with the shared head only, as an
 ordinary transformer.</dd>
 <dt>Crossover gap</dt><dd>Bits per byte of the full pool minus those of the deepest stage, over the same documents.
-Below zero the pool is better than its best single member.</dd>
+Below zero the pool is better than that stage, if the interval agrees. Another stage, or the pool of the first ones, may
+still be better than the full pool: see the table of paths.</dd>
 <dt>WAND bounds and exits</dt><dd>A token may leave at a stage once its lead is larger than all that later stages are
 expected to change. The bounds are the 99th percentile of that change, measured on held-out tokens of each step.</dd>
 <dt>Acceptance</dt><dd>Share of tokens drafted by a shallow stage that the full pool would have chosen too. The output

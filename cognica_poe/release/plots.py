@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cognica_poe.release import figures as fig
-from cognica_poe.release.card_tables import is_pool, stage_count, trained_path
+from cognica_poe.release.card_tables import gap_reading, is_pool, stage_count, trained_path
 from cognica_poe.release.run_folder import RunFolder
 
 _LOSS_BY_STAGE = ("loss_stages", "stage_losses", "stage_loss", "losses")
@@ -233,7 +233,10 @@ def _gap(run: RunFolder, name: str) -> Plot | None:
         fig.step_axis(axes)
 
     svg = fig.figure(name, draw, x="optimiser step", y="gap (milli-bits per byte)", label="Crossover gap", legend=0)
-    note = "Full pool minus deepest stage, with its paired 95 % interval. Below zero: pooling the stages helps."
+    note = (
+        "Full pool minus deepest stage, with its paired 95 % interval. "
+        f"At step {run.latest['step']:,}: {gap_reading(run.latest)}."
+    )
     return Plot("Crossover gap", svg, note)
 
 

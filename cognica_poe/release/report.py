@@ -188,7 +188,7 @@ def _loading(run: RunFolder) -> str:
         code = f"""from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "{folder}/release/step-{step}"
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)"""
         return page.code(code)
     blocks = []
@@ -197,7 +197,7 @@ model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)"""
         code = f"""from transformers import AutoModelForCausalLM, AutoTokenizer
 
 where = dict(revision="{steps[-1] if steps else "main"}", cache_dir="{folder}/release/hub", local_files_only=True)
-tokenizer = AutoTokenizer.from_pretrained("{repo}", **where)
+tokenizer = AutoTokenizer.from_pretrained("{repo}", trust_remote_code=True, **where)
 model = AutoModelForCausalLM.from_pretrained("{repo}", trust_remote_code=True, **where)"""
         rows = [(html_text(name), f"<code>{html_text(refs[name])}</code>") for name in [*steps, "main"] if name in refs]
         blocks += [page.code(code), page.table(("revision", "commit"), rows, "Published revisions", last_is_text=True)]

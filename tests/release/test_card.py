@@ -1,6 +1,7 @@
 """The card comes from records alone, twice the same, and a model's words cannot act in it."""
 
 import copy
+import html
 import re
 
 import pytest
@@ -9,9 +10,11 @@ from markdown_it import MarkdownIt
 
 from cognica_poe.analysis.record import AnalysisRecord
 from cognica_poe.errors import UserError
+from cognica_poe.files import write_json
 from cognica_poe.release.card import render_card
+from cognica_poe.release.report import write_report
 from cognica_poe.release.text import html_text, markdown_text, visible
-from tests.release.records import HOSTILE, RELEASE, make_record
+from tests.release.records import HOSTILE, RELEASE, make_record, make_run
 
 RECORDS = [make_record(step) for step in (0, 100, 300)]
 
@@ -89,6 +92,32 @@ def test_hidden_characters_are_spelled_out_and_long_text_is_cut():
     assert "\u202e" not in shown and "U+202E" in shown and "U+001B" in shown and "U+200B" in shown
     assert shown.endswith(" …") and len(shown) < 80
     assert html_text('<a href="x">') == "&lt;a href=&quot;x&quot;&gt;"
+
+
+@pytest.mark.parametrize(
+    "low, high, reading",
+    [
+        (-0.003, -0.001, "the pool is better than its deepest stage"),
+        (0.001, 0.003, "the pool is worse than its deepest stage"),
+        (-0.001, 0.003, "no difference from the deepest stage can be told"),
+    ],
+)
+def test_the_gap_is_read_by_its_interval_and_against_the_deepest_stage_alone(tmp_path, low, high, reading):
+    record = make_record(300)
+    record["crossover_gap"] |= {"low": low, "high": high}
+    run = make_run(tmp_path / "run")
+    write_json(run / "analysis" / "step-300.json", record)
+    page = write_report([run], tmp_path / "page.html").read_text()
+    for text in (render_card([record], RELEASE), page):
+        assert reading in text and "best single member" not in text and "pooling the stages helps" not in text
+
+
+def test_loading_code_lets_the_configuration_run(tmp_path):
+    """Without it transformers asks on the terminal, and waits, before it reads the tokenizer."""
+    page = html.unescape(write_report([make_run(tmp_path / "run")], tmp_path / "page.html").read_text())
+    for text in (render_card(RECORDS, RELEASE), page):
+        calls = re.findall(r"Auto\w+\.from_pretrained\((.*)\)", text)
+        assert len(calls) >= 2 and all("trust_remote_code=True" in call for call in calls)
 
 
 def test_card_of_a_backprop_arm_names_its_path():
