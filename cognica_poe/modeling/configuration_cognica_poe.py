@@ -21,7 +21,7 @@ class CognicaPoEConfig(PreTrainedConfig):
     """
 
     model_type = "cognica_poe"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - transformers' Trainer appends to a list
 
     def __init__(
         self,
