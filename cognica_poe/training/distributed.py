@@ -231,8 +231,9 @@ class DistMuonAdamW(MuonAdamW):
         elif group_of(name) == "muon":
             self.muon_state.setdefault(name, {})[key] = self._cut(name, value).to(device, copy=True)
         elif self.parameters[name].numel():
-            rows = value.clone() if key == "step" else self._cut(name, value).to(device, copy=True)
-            self.adamw.state[self.parameters[name]][key] = rows
+            # The fused kernel reads the step count where the parameter lives, always in fp32.
+            dtype, rows = (torch.float32, value) if key == "step" else (value.dtype, self._cut(name, value))
+            self.adamw.state[self.parameters[name]][key] = rows.to(device, dtype, copy=True)
 
     # ---- what a step costs ----------------------------------------------------------------------------------------
 

@@ -209,4 +209,6 @@ class MuonAdamW:
         if group_of(name) == "muon":
             self.muon_state.setdefault(name, {})[key] = value.to(parameter.device)
         else:
-            self.adamw.state[parameter][key] = value if key == "step" else value.to(parameter.device)
+            # The fused kernel reads the step count where the parameter lives, always in fp32, and counts in place.
+            step = {"dtype": torch.float32, "copy": True} if key == "step" else {}
+            self.adamw.state[parameter][key] = value.to(parameter.device, **step)

@@ -286,3 +286,19 @@ def test_both_ways_of_sending_give_the_same_gradients():
         assert first.keys() == second.keys()
         for name, value in first.items():
             torch.testing.assert_close(value, second[name], rtol=1e-4, atol=1e-6)
+
+
+def restore_elsewhere(ranks):
+    """Device and dtype of every tensor of the state once restored beside parameters on another device."""
+    model = Shapes()
+    optimizer = DistMuonAdamW(model, OptimizerRecipe(), TOKENS, ranks, DistributedRecipe())
+    step_once(model, optimizer, 0, range(8), 1)
+    state = optimizer.state_dict()
+    optimizer.parameters = {name: nn.Parameter(p.to("meta")) for name, p in optimizer.parameters.items()}
+    optimizer.load_state_dict(state)
+    restored = optimizer.state_dict()
+    return restored.keys() == state.keys(), {(value.device.type, value.dtype) for value in restored.values()}
+
+
+def test_restored_state_lives_where_the_parameter_lives():
+    assert run_ranks(1, restore_elsewhere) == [(True, {("meta", torch.float32)})]

@@ -170,6 +170,27 @@ def test_restored_state_continues_bit_for_bit(changes):
     assert not torch.equal(values(fresh)["transformer.wte.weight"], values(model)["transformer.wte.weight"])
 
 
+def test_restored_state_lives_where_the_parameter_lives():
+    model = make_model(dtype=torch.float32)
+    optimizer = MuonAdamW(model, OptimizerRecipe(), TOKENS)
+    train(model, optimizer, range(1))
+    state = optimizer.state_dict()
+    optimizer.parameters = {name: torch.nn.Parameter(p.to("meta")) for name, p in optimizer.parameters.items()}
+    optimizer.load_state_dict(state)
+    restored = optimizer.state_dict()
+    assert restored.keys() == state.keys()
+    assert {(value.device.type, value.dtype) for value in restored.values()} == {("meta", torch.float32)}
+
+
+def test_counting_on_leaves_the_loaded_state_alone():
+    optimizer = MuonAdamW(make_model(dtype=torch.float32), OptimizerRecipe(), TOKENS)
+    state = {"lm_head.weight.step": torch.tensor(4.0, dtype=torch.float64)}
+    optimizer.load_state_dict(state)
+    assert optimizer.state_dict()["lm_head.weight.step"].dtype == torch.float32
+    optimizer.state_dict()["lm_head.weight.step"].add_(1)
+    assert state["lm_head.weight.step"] == 4
+
+
 def test_state_is_keyed_by_parameter_name():
     model = make_model()
     optimizer = MuonAdamW(model, OptimizerRecipe(), TOKENS)
