@@ -16,6 +16,7 @@ import os
 import shutil
 import tempfile
 import time
+import types
 from collections.abc import Hashable, Iterable
 from pathlib import Path
 
@@ -62,7 +63,8 @@ class Graphs:
 
     def _launched(self, module: nn.Module, arguments: tuple):
         options = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe, **ON_ACCELERATOR}
-        graph = torch.compile(module, dynamic=False, fullgraph=True, options=options)
+        forward = types.MethodType(_own_code(_Fixed.forward, f"graph_{len(self._graphs)}"), module)
+        graph = torch.compile(forward, dynamic=False, fullgraph=True, options=options)
         return lambda arguments: graph(*arguments)
 
     def _package(self, module: nn.Module, arguments: tuple):
@@ -94,6 +96,16 @@ class _Fixed(nn.Module):
     def forward(self, *arguments):
         out = self.module(*self.fixed, *arguments)
         return () if out is None else out
+
+
+def _own_code(function: types.FunctionType, name: str) -> types.FunctionType:
+    """``function`` once more, with a code object of its own.
+
+    Torch keeps its graphs per code object and takes the first whose guards hold. Here no guard is kept, so that a code
+    object that two functions or shapes share would answer both with the graph of the first.
+    """
+    code = function.__code__.replace(co_name=name)
+    return types.FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
 
 
 def has_compiler() -> bool:

@@ -1,5 +1,8 @@
 """Compiled decode functions: the same values as uncompiled ones, kept on disk, made again when damaged or outdated."""
 
+import functools
+import itertools
+
 import pytest
 import torch
 
@@ -79,3 +82,48 @@ def test_no_compiler(monkeypatch):
     with pytest.raises(ValueError, match="needs a C\\+\\+ compiler"):
         model.prepare_decoding(compile=True)
     model.prepare_decoding(compile=False)
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The accelerator's way of compiling, on a processor and without a compiler behind dynamo."""
+    monkeypatch.setattr(graphs, "ON_ACCELERATOR", {})
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(graphs.Graphs, "_package", graphs.Graphs._launched)
+
+
+@torch.no_grad()
+def test_every_launched_function_and_shape_has_a_graph_of_its_own(launched):
+    """More keys than dynamo keeps graphs of one code object, all alike in structure and each with its own answer."""
+    heads, (table, *states) = heads_and_tensors()
+    made = graphs.Graphs(torch.device("cpu"))
+    calls = []
+    for width, rows in itertools.product((1, 2, 4), (1, 2)):
+        tensors = (table[:, :rows], *(x[:rows] for x in states))
+        for stages in ((0, 2), (2, 0), (1, 2)):
+            calls.append(((width, stages, (0.5, 0.5), 0.0), tensors))
+    assert len(calls) > 2 * torch._dynamo.config.recompile_limit
+    for _ in range(2):
+        for fixed, tensors in calls:
+            found = made.call((fixed, tensors[0].shape), heads, fixed, *tensors)
+            assert torch.equal(found, heads(*fixed, *tensors)), fixed
+
+
+@pytest.mark.parametrize("layers", [[2, 2, 2], [4, 1, 1]])
+def test_launched_graphs_decode_as_the_functions_themselves(launched, layers):
+    model = make_model(dtype=torch.float32, num_hidden_layers=6, poe_stage_layers=layers)
+    single = torch.randint(97, (1, 9), generator=torch.Generator().manual_seed(0))
+
+    def texts():
+        for ids in (single, single.repeat(3, 1).roll(2)):
+            yield model.generate_prefix(ids, max_new_tokens=12)
+            yield from (model.generate_stage(ids, stage, max_new_tokens=12) for stage in range(3))
+            yield model.generate_wand(ids, p99_bounds=[0.2, 0.1], max_new_tokens=12)
+            yield model.generate_speculative(ids, 0, 3, max_new_tokens=12)
+
+    model.prepare_decoding(width=4)
+    expected = list(texts())
+    model.prepare_decoding(compile=True, width=4)
+    for found, text in zip(texts(), expected, strict=True):
+        assert torch.equal(found, text)
+    assert model.decoding_seconds_compiled() > 0
