@@ -11,10 +11,11 @@ import tyro
 
 from cognica_poe.bench_commands import COMMANDS as BENCH_COMMANDS
 from cognica_poe.errors import UserError
+from cognica_poe.files import require_apart, require_replaceable
 from cognica_poe.generation import GenerationOptions, generate, load_model
 from cognica_poe.plan_command import PlanArguments, plan
 from cognica_poe.progress import log
-from cognica_poe.recipes import Recipe, find_recipe
+from cognica_poe.recipes import DataRecipe, Recipe, find_recipe
 from cognica_poe.run_commands import RunArguments, TrainArguments, run, train
 from cognica_poe.serving import serve
 from cognica_poe.tables import as_dicts, figures, print_json, print_records, table
@@ -99,6 +100,11 @@ def export(run: Positional[Path], step: int, out: Path | None = None) -> None:
     from cognica_poe import life
 
     recipe = life.read_recipe(run)
+    out = out or run / "release" / f"step-{step}"
+    for part in [*run.iterdir(), run / "release" / "hub"]:  # of a run, only RUN/release takes further folders
+        if part != run / "release":
+            require_apart(out, part)
+    require_replaceable(out, "release")
     print(life.export_step(run, recipe, life.checkpoint_model(run, recipe, step, log), step, log, out))
 
 
@@ -167,18 +173,28 @@ def generate_command(
     log(figures(result))
 
 
-def data_build(mix: Positional[str], out: Path, val_fraction: float = 0.02, seed: int = 0) -> None:
-    """Collect a mix, or local files, into parquet shards with a manifest.
+def data_build(
+    mix: Positional[str],
+    out: Path,
+    val_fraction: float = DataRecipe.val_fraction,
+    val_min_bytes: int = DataRecipe.val_min_bytes,
+    max_bytes: int | None = DataRecipe.max_bytes,
+    seed: int = DataRecipe.seed,
+) -> None:
+    """Collect a mix, or local files, into parquet shards with a manifest; the same as a run's with the same options.
 
     Args:
         mix: python-docs, frontier_v1, a mix file, or a folder or file of parquet, jsonl or text.
         out: Data folder to make.
-        val_fraction: Share of the documents held out.
+        val_fraction: Share of the documents held out for validation.
+        val_min_bytes: Hold out at least this much text.
+        max_bytes: Take a sample of this many bytes of text; a mix of Hub datasets needs it.
         seed: Seed of the split.
     """
     from cognica_poe.data.mix import build
 
-    manifest = build(mix, out, val_fraction=val_fraction, seed=seed, log=log)
+    options = {"val_fraction": val_fraction, "val_min_bytes": val_min_bytes, "max_bytes": max_bytes, "seed": seed}
+    manifest = build(mix, out, **options, log=log)
     rows = [[name, total.documents, total.bytes] for name, total in manifest.splits.items()]
     table(f"data in {out}", ["split", "documents", "bytes"], rows)
 
@@ -220,7 +236,9 @@ def data_which_docs(run: Positional[Path], step: int, json: bool = False) -> Non
     table(f"documents of step {step}", columns, [[getattr(piece, c) for c in columns] for piece in pieces])
 
 
-def tokenizer_train(data: Positional[Path], out: Path, vocab_size: int = 32_768, max_bytes: int = 60_000_000) -> None:
+def tokenizer_train(
+    data: Positional[Path], out: Path, vocab_size: int = 32_768, max_bytes: int = DataRecipe.tokenizer_bytes
+) -> None:
     """Train the byte-level BPE tokenizer on a data folder.
 
     Args:
@@ -232,6 +250,7 @@ def tokenizer_train(data: Positional[Path], out: Path, vocab_size: int = 32_768,
     from cognica_poe.data.mix import read_documents
     from cognica_poe.data.tokenizer import train_tokenizer
 
+    require_apart(out, data)
     train_tokenizer((d.text for d in read_documents(data, "train")), vocab_size, out, max_bytes=max_bytes, log=log)
     print(out)
 

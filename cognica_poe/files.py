@@ -1,7 +1,8 @@
-"""Files on disk: atomic writes, sha256 manifests, free-space checks.
+"""Files on disk: atomic writes, sha256 manifests, names that are safe as paths, free-space checks.
 
 Everything a run leaves behind goes through here, so that a crash, a full disk or a kill never leaves half a file
-under its final name.
+under its final name, and no folder that we did not make is ever replaced. A folder of ours carries the mark: its
+``MANIFEST.sha256`` begins with the comment ``# cognica-poe KIND`` and lists every file.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from safetensors import SafetensorError
@@ -22,6 +25,10 @@ from safetensors import SafetensorError
 from cognica_poe.errors import UserError
 
 MANIFEST = "MANIFEST.sha256"
+KINDS = ("data", "tokenizer", "release", "checkpoint")
+"""Folders that carry the mark."""
+_MARK = "# cognica-poe "  # `sha256sum -c` skips comments
+_LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 _PARTIAL = ".partial-"
 _REPLACED = ".replaced-"
 
@@ -99,38 +106,106 @@ def read_json(path: Path, what: str = "file") -> Any:
 
 
 @contextlib.contextmanager
-def atomic_folder(path: Path, manifest: bool = True) -> Iterator[Path]:
+def atomic_folder(path: Path, kind: str, *, trusted: bool = False) -> Iterator[Path]:
     """Yield a temporary folder that becomes ``path`` (replacing it) once the block ends without an exception.
 
-    All files are fsynced; with ``manifest`` a sha256 manifest is written last. On failure nothing stays behind.
+    All files are fsynced. The manifest with the mark of ``kind`` is written last, unless the block wrote one because
+    it knows the digests. On failure nothing stays behind. Raises UserError as ``require_replaceable`` does, before
+    the block and again before the old folder goes; with ``trusted``, ``path`` is ours by where it lies (a run's
+    checkpoints, a snapshot named by its content), and a damaged folder there is replaced as well.
     """
     path = Path(path)
+    if not trusted:
+        require_replaceable(path, kind)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{_PARTIAL}{path.name}-"))
         try:
             yield partial
-            if manifest:
-                write_manifest(partial)
+            if not (partial / MANIFEST).exists():
+                write_manifest(partial, kind)
             for file in sorted(partial.rglob("*")):
                 _fsync(file)
             _fsync(partial)
             partial.chmod(0o755)
-            if path.exists():  # rename cannot replace a folder that holds files
-                old = Path(tempfile.mkdtemp(dir=path.parent, prefix=_REPLACED))
-                os.replace(path, old / path.name)
-                try:
-                    os.replace(partial, path)
-                except BaseException:
-                    os.replace(old / path.name, path)
-                    raise
-                shutil.rmtree(old, ignore_errors=True)
-            else:
-                os.replace(partial, path)
+            if not trusted:
+                require_replaceable(path, kind)
+            _put_in_place(partial, path)
             _fsync(path.parent)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
+
+
+def _put_in_place(partial: Path, path: Path) -> None:
+    if not path.exists():
+        os.replace(partial, path)
+        return
+    old = Path(tempfile.mkdtemp(dir=path.parent, prefix=_REPLACED))  # rename cannot replace a folder that holds files
+    os.replace(path, old / path.name)
+    try:
+        os.replace(partial, path)
+    except BaseException:
+        os.replace(old / path.name, path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def require_replaceable(path: Path, kind: str) -> None:
+    """Raise UserError unless ``path`` is free, an empty folder, or a ``kind`` folder of ours with nothing added.
+
+    Files are compared with the manifest by name alone. A path inside any folder of ours is refused too: those hold
+    what their manifests list and no more.
+    """
+    path, absolute = Path(path), Path(os.path.abspath(path))
+    parent = absolute.parent.resolve()
+    for folder in (parent, *parent.parents):
+        if outer := _mark_of(folder):
+            raise UserError(f"{path} lies inside {folder}, a {outer} folder made by cognica-poe: choose another --out")
+    if not os.path.lexists(absolute):
+        return
+    if absolute == Path.cwd():
+        raise UserError(f"{path} is the folder that you are in: choose another --out")
+    usable = absolute.is_dir() and not absolute.is_symlink()
+    if not usable or (any(absolute.iterdir()) and not _made_as(absolute, kind)):
+        raise UserError(
+            f"{path} exists and is not a {kind} folder made by cognica-poe: choose another --out, or remove it yourself"
+        )
+
+
+def require_apart(out: Path, source: Path) -> None:
+    """Raise UserError when one of the two is, or lies inside, the other: writing ``out`` would change ``source``."""
+    first, second = Path(out).resolve(), Path(source).resolve()
+    if first == second:
+        raise UserError(f"--out {out} is what is read: choose another --out")
+    if first in second.parents:
+        raise UserError(f"--out {out} holds {source}, which is read: choose another --out")
+    if second in first.parents:
+        raise UserError(f"--out {out} lies inside {source}, which is read: choose another --out")
+
+
+def _mark_of(folder: Path) -> str | None:
+    """Kind of a folder of ours, whatever state it is in; None for any other."""
+    try:
+        with open(folder / MANIFEST, "rb") as file:
+            first = file.readline(100).decode("utf-8", "replace").rstrip("\n")
+    except OSError:
+        return None
+    return first.removeprefix(_MARK) if first.startswith(_MARK) else None
+
+
+def _made_as(folder: Path, kind: str) -> bool:
+    """Whether ``folder`` has the mark of ``kind`` and exactly the files of its manifest, as plain files."""
+    if _mark_of(folder) != kind:
+        return False
+    try:
+        names = {*Manifest.read(folder).digests, MANIFEST}
+    except UserError:
+        return False
+    parents = {parent.as_posix() for name in names for parent in PurePosixPath(name).parents}
+    found = {entry.relative_to(folder).as_posix(): entry for entry in folder.rglob("*")}
+    files = {name for name, entry in found.items() if entry.is_file() and not entry.is_symlink()}
+    return files == names and set(found) <= names | parents
 
 
 def remove_partials(folder: Path) -> None:
@@ -145,26 +220,81 @@ def remove_partials(folder: Path) -> None:
             shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 
-def manifest_text(folder: Path) -> str:
-    """``sha256sum`` lines of every file below ``folder`` except the manifest itself, sorted by name."""
+def safe_name(name: Any, what: str, *, nested: bool = False) -> str:
+    """``name``, for use as one part of a path (``nested``: as a relative path with ``/``), wherever it came from.
+
+    Raises UserError, beginning with ``what``, for anything that could lead elsewhere or that no file should be
+    called: no text, empty, ``.`` or ``..``, absolute, with separators, a drive letter or unprintable characters,
+    above 255 bytes.
+    """
+    parts = name.split("/") if isinstance(name, str) and nested else [name]
+    if not all(isinstance(part, str) and _safe_part(part) for part in parts):
+        shown = repr(name) if len(repr(name)) <= 80 else repr(name)[:77] + "..."
+        raise UserError(f"{what} {shown} cannot be used as a name on disk: give it a plain name")
+    return name
+
+
+def _safe_part(part: str) -> bool:
+    if part in ("", ".", "..") or not part.isprintable() or re.match(r"[A-Za-z]:", part):
+        return False
+    return not set("/\\") & set(part) and len(part.encode()) <= 255
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What ``MANIFEST.sha256`` says."""
+
+    kind: str | None
+    """One of ``KINDS``; None without the mark."""
+    digests: Mapping[str, str]
+    """Hex sha256 of every file by its name relative to the folder."""
+
+    @classmethod
+    def parse(cls, data: bytes, where: Path | str) -> Manifest:
+        """Read a manifest's bytes. Raises UserError naming ``where``: malformed, empty, or with unsafe names."""
+        try:
+            lines = data.decode().split("\n")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{where} is corrupt: it is not text; restore it or use another step") from error
+        kind = lines[0].removeprefix(_MARK) if lines[0].startswith(_MARK) else None
+        digests = {}
+        for line in lines[1:] if kind in KINDS else lines:
+            found = _LINE.fullmatch(line)
+            if found and found[2] not in digests:
+                digests[safe_name(found[2], f"{where}: file name", nested=True)] = found[1]
+            elif line:
+                raise UserError(f"{where} is corrupt: a line is malformed or repeated; restore it or use another step")
+        if not digests:
+            raise UserError(f"{where} is corrupt: it lists no file; restore it or use another step")
+        return cls(kind, digests)
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """The manifest of a folder. Raises UserError when it is missing or as ``parse`` does."""
+        file = Path(folder) / MANIFEST
+        if not file.is_file():
+            raise UserError(f"{folder} has no {MANIFEST}: it is incomplete; use another step")
+        return cls.parse(file.read_bytes(), file)
+
+    def data(self) -> bytes:
+        """The bytes of the file, lines sorted by name; ``sha256sum -c`` reads them."""
+        mark = f"{_MARK}{self.kind}\n" if self.kind else ""
+        names = sorted(safe_name(name, "file name", nested=True) for name in self.digests)
+        return (mark + "".join(f"{self.digests[name]}  {name}\n" for name in names)).encode()
+
+
+def write_manifest(folder: Path, kind: str) -> None:
+    """Write ``MANIFEST.sha256`` of every file below ``folder``, with the mark of ``kind``."""
     folder = Path(folder)
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != MANIFEST)
-    return "".join(f"{sha256_file(file)}  {file.relative_to(folder).as_posix()}\n" for file in files)
-
-
-def write_manifest(folder: Path) -> None:
-    """Write ``MANIFEST.sha256``, readable by ``sha256sum -c``."""
-    write_bytes(Path(folder) / MANIFEST, manifest_text(folder).encode())
+    files = (file for file in folder.rglob("*") if file.is_file() and file != folder / MANIFEST)
+    digests = {file.relative_to(folder).as_posix(): sha256_file(file) for file in files}
+    write_bytes(folder / MANIFEST, Manifest(kind, digests).data())
 
 
 def verify_manifest(folder: Path) -> None:
     """Check every file against the folder's manifest. Raises UserError naming the first file that differs."""
     folder = Path(folder)
-    manifest = folder / MANIFEST
-    if not manifest.is_file():
-        raise UserError(f"{folder} has no {MANIFEST}: it is incomplete; use another step")
-    for line in manifest.read_text().splitlines():
-        digest, _, name = line.partition("  ")
+    for name, digest in Manifest.read(folder).digests.items():
         file = folder / name
         if not file.is_file():
             raise UserError(f"{file} is missing though {MANIFEST} lists it; use another step or copy it again")

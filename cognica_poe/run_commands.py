@@ -10,6 +10,7 @@ from typing import Annotated
 import tyro
 
 from cognica_poe.errors import UserError
+from cognica_poe.files import safe_name
 from cognica_poe.generation import GenerationOptions, generate, load_model
 from cognica_poe.progress import TrainingProgress, log
 from cognica_poe.recipes import Recipe
@@ -36,8 +37,8 @@ class RunArguments:
 
     @classmethod
     def of(cls, recipe: Recipe) -> RunArguments:
-        """Arguments of a recipe in ``runs/NAME``."""
-        return cls(recipe, Path("runs") / recipe.name)
+        """Arguments of a recipe in ``runs/NAME``. Raises UserError for a name that no folder can have."""
+        return cls(recipe, Path("runs") / safe_name(recipe.name, "recipe name"))
 
 
 def run(arguments: RunArguments) -> None:

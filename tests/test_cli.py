@@ -1,12 +1,21 @@
 """What a user sees: the whole life of a small model through the command line, and one clear line for each mistake."""
 
+import dataclasses
+import inspect
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 
+from cognica_poe import commands, life
+from cognica_poe.data.manifest import load_manifest
+from cognica_poe.data.mix import build
+from cognica_poe.errors import UserError
+from cognica_poe.recipes import RECIPES, DataRecipe, find_recipe
+from cognica_poe.run_commands import RunArguments, TrainArguments
 from tests.runs import small_recipe, write_texts
 
 LOAD = """
@@ -107,6 +116,111 @@ def test_commands_on_a_finished_run(run, tmp_path):
     assert call("report", run, "--out", tmp_path / "page.html").returncode == 0
 
 
+FOREIGN = {
+    "documents": lambda out, run: (
+        (out / "deep").mkdir(parents=True),
+        (out / "deep" / "thesis.txt").write_text("mine"),
+    ),
+    "model": lambda out, run: (
+        shutil.copytree(run / "release" / "step-6", out),
+        (out / "MANIFEST.sha256").unlink(),
+        (out / "manifest.json").write_text("{}"),
+    ),
+    "other kind": lambda out, run: shutil.copytree(run / "checkpoints" / "step-6", out),
+    "file": lambda out, run: out.write_text("mine"),
+    "link": lambda out, run: out.symlink_to(run / "release" / "step-6"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_out_never_replaces_what_is_not_ours(run, tmp_path, name):
+    out = tmp_path / "out"
+    FOREIGN[name](out, run)
+    before = contents(tmp_path), contents(run)
+    for kind, call in {
+        "release": lambda: commands.export(run, 6, out),
+        "data": lambda: commands.data_build(str(run.parent / "texts"), out),
+        "tokenizer": lambda: commands.tokenizer_train(run / "data", out, 400),
+    }.items():
+        with pytest.raises(UserError, match=f"out exists and is not a {kind} folder made by cognica-poe"):
+            call()
+    assert (contents(tmp_path), contents(run)) == before
+
+
+def contents(folder):
+    return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+
+
+def test_out_leaves_the_input_alone(run):
+    before = contents(run.parent)
+    for part in (
+        "data",
+        "tokenizer",
+        "checkpoints/step-6",
+        "checkpoints/step-7",
+        "analysis/x",
+        "data/x",
+        "release/hub/x",
+        ".",
+    ):
+        with pytest.raises(UserError, match=r"choose another --out$"):
+            commands.export(run, 6, run / part)
+    with pytest.raises(UserError, match="lies inside"):
+        commands.export(run, 6, run / "release" / "step-12" / "x")
+    with pytest.raises(UserError, match="lies inside"):
+        commands.data_build(str(run.parent / "texts"), run.parent / "texts" / "data")
+    for out in (run / "data", run / "data" / "x", run):
+        with pytest.raises(UserError, match=r"is what is read|lies inside|holds"):
+            commands.tokenizer_train(run / "data", out, 400)
+    assert contents(run.parent) == before
+
+
+def test_out_is_looked_at_before_any_work(run, tmp_path, monkeypatch):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    work = {
+        "cognica_poe.life.checkpoint_model": lambda: commands.export(run, 6, tmp_path),
+        "cognica_poe.data.mix.local_files": lambda: commands.data_build(str(run.parent / "texts"), tmp_path),
+        "cognica_poe.data.manifest.load_manifest": lambda: commands.tokenizer_train(run / "data", tmp_path, 400),
+    }
+    for name, call in work.items():
+        monkeypatch.setattr(name, lambda *_, **__: pytest.fail("work began"))
+        with pytest.raises(UserError, match="made by cognica-poe: choose another --out, or remove it yourself"):
+            call()
+
+
+def test_data_build_and_a_recipe_give_the_same_data(run, tmp_path, capsys):
+    recipe = find_recipe(str(run / "recipe.json"))
+    for max_bytes in (None, 120_000):
+        data = dataclasses.replace(recipe.data, max_bytes=max_bytes, seed=5)
+        life.prepare(dataclasses.replace(recipe, data=data), tmp_path / f"run-{max_bytes}", print)
+        options = ["--val-min-bytes", data.val_min_bytes, "--seed", data.seed]
+        options += [] if max_bytes is None else ["--max-bytes", max_bytes]
+        done = call("data", "build", data.mix, "--out", tmp_path / f"data-{max_bytes}", *options)
+        assert done.returncode == 0, done.stderr
+        built, prepared = (load_manifest(tmp_path / name) for name in (f"data-{max_bytes}", f"run-{max_bytes}/data"))
+        assert built == prepared and built.shards
+        assert (max_bytes is None) == ("over max_bytes" not in built.dropped)
+
+
+def test_data_build_has_the_defaults_of_a_recipe():
+    defaults = DataRecipe()
+    for function in (commands.data_build, build):
+        for name in ("val_fraction", "val_min_bytes", "max_bytes", "seed"):
+            assert inspect.signature(function).parameters[name].default == getattr(defaults, name), (function, name)
+
+
+@pytest.mark.parametrize("name", ["../../escaped", "/tmp/x", "..", "a/b", "a\\b", ""])
+def test_a_recipe_name_that_leads_elsewhere(tmp_path, name):
+    recipe = dataclasses.replace(RECIPES["tiny"], name=name)
+    for arguments in (RunArguments, TrainArguments):
+        with pytest.raises(UserError, match=r"recipe name .* cannot be used as a name on disk"):
+            arguments.of(recipe)
+    if name.startswith(".."):
+        recipe.save(tmp_path / "recipe.json")
+        fails("run", tmp_path / "recipe.json", says="recipe name", cwd=tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == ["recipe.json"]
+
+
 def test_mistakes_in_names_and_numbers(tmp_path):
     fails("run", "tinny", says="did you mean 'tiny'")
     fails("run", "tiny", "--out", tmp_path / "r", "--training.steps", "-5", says="training.steps is -5")
@@ -134,8 +248,6 @@ def test_a_prompt_longer_than_the_context(run):
 
 
 def test_corrupt_weights(run, tmp_path):
-    import shutil
-
     copy = tmp_path / "step-12"
     shutil.copytree(run / "release" / "step-12", copy)
     data = bytearray((copy / "model.safetensors").read_bytes())

@@ -12,7 +12,10 @@ from cognica_poe.errors import UserError
 
 TABLES = (".parquet", ".jsonl")
 TEXTS = (".txt", ".md", ".py")
-_SPLIT_NAME = re.compile(r"(?:^|[-_.])(train|val|validation)(?:[-_.]\d+)?$")
+_SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(("val", "validation", "valid", "dev", "eval"), "val")
+_SPLIT_NAME = re.compile(  # x-val, train_3, and as the Hub names its files: test-00000-of-00001[-0123456789abcdef]
+    rf"(?:^|[-_.])({'|'.join(_SPLITS)})(?:[-_.]\d+(?:-of-\d+(?:-[0-9a-f]{{16}})?)?)?$"
+)
 UNKNOWN_LANGUAGE = "und"  # ISO 639-2: undetermined
 
 
@@ -38,14 +41,22 @@ def local_files(path: Path) -> list[Path]:
     for kinds in (TABLES, TEXTS):
         files = [file for file in visible if file.suffix.lower() in kinds]
         if files:
-            return sorted(files, key=lambda file: (explicit_split(file) != "val", file))
+            return sorted(files, key=lambda file: (explicit_split(file, path) != "val", file))
     raise UserError(f"folder {path} holds no supported files; supported are {', '.join(TABLES + TEXTS)}")
 
 
-def explicit_split(file: Path) -> str | None:
-    """``val`` or ``train`` where a table's name says so (``x-val.parquet``, ``train-00000.parquet``), else None."""
-    found = _SPLIT_NAME.search(file.stem) if file.suffix.lower() in TABLES else None
-    return None if found is None else "train" if found[1] == "train" else "val"
+def explicit_split(file: Path, root: Path) -> str | None:
+    """``train``, ``val`` or ``test`` where the name of a table says so, else the nearest such folder below ``root``.
+
+    Names end in the split, a shard number may follow: ``x-val.parquet``, ``test-00000-of-00001.parquet``; ``dev``,
+    ``valid``, ``eval`` and ``validation`` are ``val`` too. Text files are told apart by folders alone, and only where
+    ``root`` has a folder ``train``: a folder ``test`` among sources is code like any other. Else None.
+    """
+    folders = file.relative_to(root).parts[:-1] if root.is_dir() else ()
+    if file.suffix.lower() in TABLES:
+        found = _SPLIT_NAME.search(file.stem)
+        return _SPLITS[found[1]] if found else next((_SPLITS[name] for name in folders[::-1] if name in _SPLITS), None)
+    return _SPLITS.get(folders[0]) if folders and (root / "train").is_dir() else None
 
 
 def read_file(file: Path, root: Path, dropped: Callable[[str], None]) -> Iterator[Document]:

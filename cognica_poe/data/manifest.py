@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cognica_poe.data.documents import Document
 from cognica_poe.errors import UserError
-from cognica_poe.files import read_json
+from cognica_poe.files import read_json, safe_name
 
 SPLITS = ("train", "val")
 
@@ -81,14 +81,17 @@ class DataManifest(_Record):
 
 
 def load_manifest(data_dir: Path) -> DataManifest:
-    """Read ``data_dir/manifest.json``. Raises UserError if it is missing or not of this form."""
+    """Read ``data_dir/manifest.json``. Raises UserError if it is missing, not of this form, or has unsafe names."""
     file = Path(data_dir) / "manifest.json"
     try:
-        return DataManifest.model_validate(read_json(file, "data manifest"))
+        manifest = DataManifest.model_validate(read_json(file, "data manifest"))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise UserError(f"data manifest {file} is not valid ({where}: {first['msg']}); build the data again") from error
+    for shard in manifest.shards:
+        safe_name(shard.file, f"data manifest {file}: shard")
+    return manifest
 
 
 def read_documents(data_dir: Path, split: str) -> Iterator[Document]:

@@ -29,7 +29,7 @@ from cognica_poe.data.manifest import (
 )
 from cognica_poe.data.split import NearDuplicates, choose_groups, choose_validation
 from cognica_poe.errors import UserError
-from cognica_poe.files import atomic_folder, require_space, sha256_file, write_json
+from cognica_poe.files import atomic_folder, require_apart, require_replaceable, require_space, sha256_file, write_json
 
 __all__ = ["MIXES", "DataManifest", "Mix", "Source", "build", "load_manifest", "load_mix", "read_documents", "save_mix"]
 
@@ -47,24 +47,28 @@ def build(
     out: Path,
     *,
     val_fraction: float = 0.02,
-    val_min_bytes: int = 150_000,
+    val_min_bytes: int = 200_000,
     seed: int = 0,
     max_bytes: int | None = None,
     log: Log = lambda line: None,
 ) -> DataManifest:
     """Build ``out`` from a mix name, a mix file (.json) or local files, and return its manifest.
 
-    Whole documents (groups) are held out by a hash of (seed, group), the same part of every source. Tables named
-    ``*-val`` / ``*-train`` keep their split. ``max_bytes`` takes a sample of each source by hash; it is the size to
-    read for Hub mixes and bounds the training part where the split is given by file names.
+    Whole documents (groups) are held out by a hash of (seed, group), the same part of every source. Files whose names
+    say so keep their split (``data.local.explicit_split``); test splits are left out. ``max_bytes`` takes a sample of
+    each source by hash; it is the size to read for Hub mixes and bounds the training part where file names split.
     Exact duplicates, and training texts that repeat a validation document, are dropped and counted.
-    Raises UserError for unusable input (see ``data.local``), too little text, or an ``out`` that holds other things.
+    Raises UserError for unusable input (see ``data.local``), too little text, or an ``out`` that holds anything but
+    data of ours, or lies in what is read.
     """
+    out = Path(out)
+    require_replaceable(out, "data")
     if not 0 <= val_fraction < 0.5 or (max_bytes is not None and max_bytes <= 0):
         raise UserError(f"val_fraction {val_fraction} must be in [0, 0.5) and max_bytes {max_bytes} positive")
-    out = Path(out)
+    if val_min_bytes < 1:
+        raise UserError(f"val_min_bytes {val_min_bytes} must be at least 1")
     name, mix, rows, dropped = _open(str(mix_or_path), out, max_bytes, seed, log)
-    with atomic_folder(out) as folder:
+    with atomic_folder(out, "data") as folder:
         spool = _Spool(folder / "spool.parquet", dropped)
         for document, split in rows:
             spool.add(document, split)
@@ -85,8 +89,6 @@ def build(
 
 def _open(given: str, out: Path, max_bytes: int | None, seed: int, log: Log):
     """(name, Hub mix or None, iterator of (document, split or None), drop counter)."""
-    if out.exists() and not (out / "manifest.json").is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is not a data folder; choose another --out")
     dropped: Counter[str] = Counter()
     if given == PYTHON_DOCS:
         log("data: collecting python-docs from this Python installation")
@@ -100,11 +102,9 @@ def _open(given: str, out: Path, max_bytes: int | None, seed: int, log: Log):
             raise UserError(f"mix {mix.name} needs max_bytes: the size of text to read from the Hub")
         return mix.name, mix, _hub_rows(mix, max_bytes, seed, log), dropped
     path = Path(given)
-    if path.exists() and out.resolve() == path.resolve():
-        raise UserError(f"--out {out} is the folder to read from; choose another")
+    require_apart(out, path)
     files = local_files(path)  # complains before anything is written
-    log(f"data: reading {len(files)} local files")
-    return path.name, None, _local_rows(files, path, dropped), dropped
+    return path.name, None, _local_rows(files, path, dropped, log), dropped
 
 
 def _hub_rows(mix: Mix, max_bytes: int, seed: int, log: Log) -> Iterator[tuple[Document, None]]:
@@ -113,12 +113,22 @@ def _hub_rows(mix: Mix, max_bytes: int, seed: int, log: Log) -> Iterator[tuple[D
             yield document, None
 
 
-def _local_rows(files: list[Path], root: Path, dropped: Counter[str]) -> Iterator[tuple[Document, str | None]]:
-    splits = [explicit_split(file) for file in files]
+def _local_rows(
+    files: list[Path], root: Path, dropped: Counter[str], log: Log
+) -> Iterator[tuple[Document, str | None]]:
+    splits = [explicit_split(file, root) for file in files]
     given = "val" in splits  # without a validation file, files named train are parted like any other
-    if given and all(split == "val" for split in splits):
-        raise UserError(f"{root} holds validation files only; add training files")
+    if set(splits) <= {"val", "test"}:
+        kinds = " and ".join(name for split, name in (("val", "validation"), ("test", "test")) if split in splits)
+        raise UserError(f"{root} holds {kinds} files only; add training files")
+    tests = splits.count("test")
+    log(f"data: reading {len(files) - tests} local files")
+    if tests:
+        log(f"data: {tests} files of a test split are left out")
     for file, split in zip(files, splits, strict=True):
+        if split == "test":  # to be measured on later: never trained on, and no validation while training either
+            dropped["test split"] += sum(1 for _ in read_file(file, root, lambda _: dropped.update(["test split"])))
+            continue
         for document in read_file(file, root, lambda reason: dropped.update([reason])):
             yield document, (split or "train") if given else None
 

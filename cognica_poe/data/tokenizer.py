@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from cognica_poe.errors import UserError
-from cognica_poe.files import atomic_folder, read_json, write_json
+from cognica_poe.files import atomic_folder, read_json, require_replaceable, write_json
 
 SPECIAL_TOKENS = (
     "<|bos|>",
@@ -130,15 +130,16 @@ def train_tokenizer(
 ) -> Tokenizer:
     """Train on at most ``max_bytes`` of ``texts`` and save to ``out``. Deterministic.
 
-    Raises UserError if ``vocab_size`` does not fit uint16 rows, leaves no room for merges, or is not reached.
+    Raises UserError if ``out`` holds anything but a tokenizer of ours, or if ``vocab_size`` does not fit uint16 rows,
+    leaves no room for merges, or is not reached.
     """
+    require_replaceable(Path(out), "tokenizer")
     from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
     from tokenizers import Tokenizer as Backend
 
     merged = vocab_size - len(SPECIAL_TOKENS)
     if vocab_size > MAX_VOCAB:
         raise UserError(f"vocab_size {vocab_size} is too large: packed rows hold 16-bit ids; at most {MAX_VOCAB}")
-    _refuse_other_folders(Path(out))
     if merged < 256:
         raise UserError(f"vocab_size {vocab_size} is too small: 256 bytes and {len(SPECIAL_TOKENS)} specials need 265")
     backend = Backend(models.BPE())
@@ -168,14 +169,15 @@ def train_tokenizer(
     backend.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, bos_id)]
     )
-    save_tokenizer(backend.to_str(pretty=True), out)
+    with atomic_folder(Path(out), "tokenizer") as folder:
+        _write_tokenizer(backend.to_str(pretty=True), folder)
     tokenizer = load_tokenizer(out)
     log(f"tokenizer: {tokenizer.vocab_size} tokens, {BOS} is {tokenizer.bos_id}, saved to {out}")
     return tokenizer
 
 
-def save_tokenizer(tokenizer_json: str, out: Path, model_max_length: int | None = None) -> None:
-    """Write a tokenizer folder that ``AutoTokenizer.from_pretrained`` loads without remote code.
+def _write_tokenizer(tokenizer_json: str, folder: Path, model_max_length: int | None = None) -> None:
+    """Write the files that ``AutoTokenizer.from_pretrained`` loads without remote code into ``folder``.
 
     It prepends BOS by itself, pads on the left with BOS, and never cleans up spaces. BOS starts every document, so it
     also ends generation (``eos_token``). ``model_max_length`` (tokens) is left open unless given.
@@ -192,23 +194,15 @@ def save_tokenizer(tokenizer_json: str, out: Path, model_max_length: int | None 
     }
     if model_max_length is not None:
         configuration["model_max_length"] = int(model_max_length)
-    with atomic_folder(Path(out), manifest=False) as folder:
-        (folder / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
-        write_json(folder / "tokenizer_config.json", configuration)
-        write_json(folder / "special_tokens_map.json", {**names, "additional_special_tokens": list(SPECIAL_TOKENS[1:])})
+    (folder / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
+    write_json(folder / "tokenizer_config.json", configuration)
+    write_json(folder / "special_tokens_map.json", {**names, "additional_special_tokens": list(SPECIAL_TOKENS[1:])})
 
 
-def export_tokenizer(tokenizer: Path, out: Path, model_max_length: int) -> None:
-    """Copy a tokenizer folder for a release, with the model's context length in it."""
-    _refuse_other_folders(Path(out))
+def export_tokenizer(tokenizer: Path, release: Path, model_max_length: int) -> None:
+    """Write the files of the ``tokenizer`` folder into ``release``, a folder in the making, with the context length."""
     described = read_json(Path(tokenizer) / "tokenizer.json", "tokenizer")
-    save_tokenizer(json.dumps(described, indent=2, ensure_ascii=False), out, model_max_length)
-
-
-def _refuse_other_folders(out: Path) -> None:
-    """Saving replaces ``out``: never a folder of other things."""
-    if out.exists() and not (out / "tokenizer.json").is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is not a tokenizer folder; choose another --out")
+    _write_tokenizer(json.dumps(described, indent=2, ensure_ascii=False), Path(release), model_max_length)
 
 
 def _capped(texts: Iterable[str], max_bytes: int) -> Iterator[str]:

@@ -17,12 +17,16 @@ from typing import Any
 
 import torch
 
+from cognica_poe.data.tokenizer import export_tokenizer, load_tokenizer
 from cognica_poe.errors import UserError
 from cognica_poe.files import (
     MANIFEST,
+    Manifest,
     atomic_folder,
     read_json,
+    require_replaceable,
     require_space,
+    safe_name,
     sha256_file,
     verify_manifest,
     write_bytes,
@@ -74,10 +78,13 @@ def export_release(
 
     ``record``: the step's analysis record (JSON layout). ``wand_bounds`` [K-1], nats, go into the config. ``about``:
     what the card says beside the record (``license``, ``languages``, ``description``, ``data``). ``dtype``: of the
-    stored weights. The model is left as it was. Raises UserError when record, bounds, tokenizer and weights do not
-    belong together, or the written folder does not give back the same weights and logits.
+    stored weights. The model is left as it was. Raises UserError when ``out`` holds anything but a release, when
+    record, bounds, tokenizer and weights do not belong together, or the written folder does not give back the same
+    weights and logits.
     """
-    out, data = Path(out), _plain(record)
+    out = Path(out)
+    require_replaceable(out, "release")
+    data = _plain(record)
     stored = _DTYPES.get(dtype)
     if stored is None:
         raise UserError(f"dtype {dtype!r} is not one of {', '.join(_DTYPES)}")
@@ -86,13 +93,13 @@ def export_release(
     require_space(out, int(1.05 * size) + 16_000_000)
     bos_id = _check_tokenizer(Path(tokenizer_dir), model.config.vocab_size)
     described = {"name": name, "step": step, "repo_id": repo_id or name, **dict(about or {})}
-    with atomic_folder(out) as folder:
+    with atomic_folder(out, "release") as folder:
         with _as_released(model, list(wand_bounds), bos_id, stored) as state:
             model.save_pretrained(folder, state_dict=dict(state), max_shard_size=2 * size + 1_000_000)
             config = read_json(folder / "config.json", "model configuration")
             write_json(folder / "config.json", {**config, "dtype": dtype})
             _compare(model, state, folder, stored)
-        _write_tokenizer(Path(tokenizer_dir), folder, model.config.max_position_embeddings)
+        export_tokenizer(Path(tokenizer_dir), folder, model.config.max_position_embeddings)
         write_json(folder / "analysis.json", data)
         write_json(folder / "release.json", _plain(described))
         write_bytes(folder / "README.md", card_of(folder).encode())
@@ -118,18 +125,28 @@ def check_release(path: Path) -> Release:
     for name in REQUIRED:
         if not (path / name).is_file():
             raise UserError(f"{path} has no {name}: it is no complete release; export it again")
-    listed = {line.partition("  ")[2] for line in (path / MANIFEST).read_text().splitlines()}
+    listed = {safe_name(name, f"{path / MANIFEST}: file name") for name in Manifest.read(path).digests}
     present = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
     extra = sorted(present - listed - {MANIFEST})
     if extra:
         raise UserError(f"{path / extra[0]} is not in {MANIFEST}: a release holds nothing else; remove it")
     _check_weights(path / WEIGHTS)
-    record = read_json(path / "analysis.json", "analysis record")
-    about = read_json(path / "release.json", "release description")
-    config = read_json(path / "config.json", "model configuration")
-    if record.get("step") != about.get("step"):
-        raise UserError(f"{path}: the record is of step {record.get('step')}, the release of step {about.get('step')}")
-    return Release(path, about["step"], sha256_file(path / WEIGHTS), config, record, about)
+    record = _read_object(path / "analysis.json", "analysis record")
+    about = _read_object(path / "release.json", "release description")
+    config = _read_object(path / "config.json", "model configuration")
+    step = about.get("step")
+    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+        raise UserError(f"{path / 'release.json'}: step is {step!r}; it must be a whole number, 0 or more")
+    if record.get("step") != step:
+        raise UserError(f"{path}: the record is of step {record.get('step')!r}, the release of step {step}")
+    return Release(path, step, sha256_file(path / WEIGHTS), config, record, about)
+
+
+def _read_object(file: Path, what: str) -> dict[str, Any]:
+    value = read_json(file, what)
+    if not isinstance(value, dict):
+        raise UserError(f"{what} {file} is no JSON object; export it again")
+    return value
 
 
 def load_release(path: Path, dtype: torch.dtype | str = "auto") -> tuple[Any, Any]:
@@ -162,21 +179,10 @@ def _check_record(model: Any, record: Mapping[str, Any], step: int, bounds: list
 
 
 def _check_tokenizer(folder: Path, vocab_size: int) -> int:
-    from cognica_poe.data.tokenizer import load_tokenizer
-
     tokenizer = load_tokenizer(folder)
     if tokenizer.vocab_size > vocab_size:
         raise UserError(f"tokenizer {folder} has {tokenizer.vocab_size} ids, the model {vocab_size}: not its tokenizer")
     return tokenizer.bos_id
-
-
-def _write_tokenizer(source: Path, folder: Path, model_max_length: int) -> None:
-    from cognica_poe.data.tokenizer import export_tokenizer
-
-    export_tokenizer(source, folder / "tokenizer", model_max_length)
-    for file in sorted((folder / "tokenizer").iterdir()):
-        file.rename(folder / file.name)
-    (folder / "tokenizer").rmdir()
 
 
 @contextlib.contextmanager

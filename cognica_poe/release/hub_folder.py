@@ -18,22 +18,24 @@ from pathlib import Path
 from cognica_poe.errors import UserError
 from cognica_poe.files import (
     MANIFEST,
+    Manifest,
     atomic_folder,
     disk_errors,
     remove_partials,
     require_space,
+    safe_name,
     sha256_file,
     verify_manifest,
     write_bytes,
 )
-from cognica_poe.release.tree import Tree, content_id, read_manifest
+from cognica_poe.release.tree import Tree, content_id
 
 
 class HubFolder:
     """One repository inside a local Hub cache folder."""
 
     def __init__(self, folder: Path, repo_id: str) -> None:
-        self.repo_id = repo_id
+        self.repo_id = safe_name(repo_id, "repository id", nested=True)
         self.base = Path(folder) / f"models--{repo_id.replace('/', '--')}"
         self.where = f"file:{folder}"
 
@@ -45,20 +47,21 @@ class HubFolder:
             remove_partials(self.base / part)
 
     def refs(self) -> dict[str, str]:
-        """``{name: commit}``."""
-        folder = self.base / "refs"
-        return {file.name: file.read_text().strip() for file in sorted(folder.glob("*")) if file.is_file()}
+        """``{name: commit}``. Raises UserError for a reference that names no commit."""
+        files = [file for file in sorted((self.base / "refs").glob("*")) if file.is_file()]
+        texts = {file: file.read_text(encoding="utf-8", errors="replace").strip() for file in files}
+        return {file.name: safe_name(text, f"{file}: commit") for file, text in texts.items()}
 
     def read(self, commit: str, name: str) -> bytes:
         """One file of a revision."""
         try:
-            return (self.snapshot(commit) / name).read_bytes()
+            return (self.snapshot(commit) / safe_name(name, "file name")).read_bytes()
         except FileNotFoundError as error:
             raise UserError(f"{self.snapshot(commit) / name} is missing: publish that step again") from error
 
     def snapshot(self, commit: str) -> Path:
         """The folder of a revision."""
-        return self.base / "snapshots" / commit
+        return self.base / "snapshots" / safe_name(commit, "revision")
 
     def holds(self, commit: str, tree: Tree) -> bool:
         """Whether the revision is ``tree``, undamaged."""
@@ -73,12 +76,13 @@ class HubFolder:
     def put(self, ref: str, tree: Tree) -> str:
         """Store ``tree``, read it back, then point ``ref`` at it. Returns the commit."""
         manifest = _manifest(tree)
-        commit, digests = content_id(manifest), read_manifest(manifest)
+        commit, digests = content_id(manifest), Manifest.parse(manifest, f"{MANIFEST} of {ref}").digests
+        ref = safe_name(ref, "reference")
         with disk_errors(self.base):
             blobs = {name: self._blob(source, digests.get(name)) for name, source in tree.items()}
-            with atomic_folder(self.snapshot(commit), manifest=False) as folder:
+            with atomic_folder(self.snapshot(commit), "release", trusted=True) as folder:
                 for name, blob in blobs.items():
-                    (folder / name).symlink_to(os.path.join("..", "..", "blobs", blob))
+                    (folder / safe_name(name, "file name")).symlink_to(os.path.join("..", "..", "blobs", blob))
             verify_manifest(self.snapshot(commit))
             write_bytes(self.base / "refs" / ref, commit.encode())
         return commit
@@ -130,6 +134,6 @@ def content_sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _manifest(tree: Tree) -> str:
+def _manifest(tree: Tree) -> bytes:
     source = tree[MANIFEST]
-    return (source if isinstance(source, bytes) else source.read_bytes()).decode()
+    return source if isinstance(source, bytes) else source.read_bytes()

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Protocol
 
 from cognica_poe.errors import UserError
-from cognica_poe.files import MANIFEST
+from cognica_poe.files import MANIFEST, Manifest, safe_name
 from cognica_poe.release.clean_load import logits_in_clean_process
 from cognica_poe.release.export import Release, check_release
 from cognica_poe.release.hub_folder import HubFolder
 from cognica_poe.release.hub_remote import HubRepo
-from cognica_poe.release.tree import Published, Tree, code_of, main_tree, read_manifest, tree_of
+from cognica_poe.release.tree import Published, Tree, code_of, main_tree, tree_of
 
-_STEP = re.compile(r"step-(\d+)")
+_STEP = re.compile(r"step-(0|[1-9][0-9]{0,17})")
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
 
@@ -119,8 +119,8 @@ def _published(hub: Hub, refs: dict[str, str]) -> dict[int, Published]:
         match = _STEP.fullmatch(name)
         if match:
             step = int(match.group(1))
-            digests = read_manifest(hub.read(commit, MANIFEST).decode())
-            found[step] = Published(step, commit, digests, json.loads(hub.read(commit, "analysis.json")))
+            manifest = Manifest.parse(hub.read(commit, MANIFEST), f"{MANIFEST} of {name} at {hub.where}")
+            found[step] = Published(step, commit, manifest.digests, json.loads(hub.read(commit, "analysis.json")))
     return found
 
 
@@ -130,7 +130,7 @@ def _plan(hub: Hub, planned: dict[int, Release], before: dict[int, Published], r
     for step, release in planned.items():
         if step in before and hub.holds(before[step].commit, tree_of(release.path)):
             continue
-        damaged = step in before and before[step].digests == read_manifest((release.path / MANIFEST).read_text())
+        damaged = step in before and before[step].digests == Manifest.read(release.path).digests
         if step in before and not replace and not damaged:
             raise UserError(
                 f"step-{step} of {hub.repo_id} is published with other content at {hub.where}: a published revision "
@@ -146,7 +146,7 @@ def _check_uniqueness(planned: dict[int, Release], before: dict[int, Published])
     code = {step: item.code for step, item in before.items()}
     for step, release in planned.items():
         weights[step] = release.weights_sha256
-        code[step] = code_of(read_manifest((release.path / MANIFEST).read_text()))
+        code[step] = code_of(Manifest.read(release.path).digests)
     seen: dict[str, int] = {}
     for step in sorted(weights):
         if weights[step] in seen:
@@ -178,7 +178,8 @@ def _extend_main(hub: Hub, steps: dict[int, Published]) -> str:
     latest = steps[max(steps)]
     with tempfile.TemporaryDirectory() as scratch:
         for name in [*latest.digests, MANIFEST]:
-            (Path(scratch) / name).write_bytes(hub.read(latest.commit, name))
+            flat = safe_name(name, f"step-{latest.step} at {hub.where}: file name")
+            (Path(scratch) / flat).write_bytes(hub.read(latest.commit, flat))
         tree = main_tree(check_release(Path(scratch)), list(steps.values()))
         head = hub.refs().get("main")
         return head if head and hub.holds(head, tree) else hub.put("main", tree)

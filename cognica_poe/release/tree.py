@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cognica_poe.files import MANIFEST, sha256_file
+from cognica_poe.files import MANIFEST, Manifest, sha256_file
 from cognica_poe.release.card import render_card
 from cognica_poe.release.export import WEIGHTS, Release
 
@@ -23,7 +23,7 @@ class Published:
 
     step: int
     commit: str
-    digests: dict[str, str]
+    digests: Mapping[str, str]
     """sha256 of every file, from the revision's manifest."""
     record: dict[str, Any]
 
@@ -59,14 +59,9 @@ def source_git_sha1(source: Path | bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
-def read_manifest(text: str) -> dict[str, str]:
-    """``{file: sha256}`` of a ``MANIFEST.sha256``."""
-    return {name: digest for digest, _, name in (line.partition("  ") for line in text.splitlines())}
-
-
-def content_id(manifest: str) -> str:
+def content_id(manifest: bytes) -> str:
     """40 hex digits that stand for a revision's content: sha1 of its manifest, which names every file's sha256."""
-    return hashlib.sha1(manifest.encode(), usedforsecurity=False).hexdigest()
+    return hashlib.sha1(manifest, usedforsecurity=False).hexdigest()
 
 
 def trajectory_line(published: Published) -> dict[str, Any]:
@@ -101,5 +96,5 @@ def main_tree(latest: Release, steps: Sequence[Published]) -> Tree:
     tree["README.md"] = render_card([item.record for item in steps], about).encode()
     lines = [json.dumps(trajectory_line(item), ensure_ascii=False, allow_nan=False) for item in steps]
     tree[TRAJECTORY] = ("\n".join(lines) + "\n").encode()
-    tree[MANIFEST] = "".join(f"{source_sha256(tree[name])}  {name}\n" for name in sorted(tree)).encode()
+    tree[MANIFEST] = Manifest("release", {name: source_sha256(source) for name, source in tree.items()}).data()
     return tree

@@ -29,6 +29,7 @@ from safetensors.torch import save
 from cognica_poe.errors import UserError
 from cognica_poe.files import (
     MANIFEST,
+    Manifest,
     atomic_folder,
     read_json,
     remove_partials,
@@ -150,15 +151,15 @@ class CheckpointFolder:
         sizes = ranks.together(lambda: sum(t.nbytes for group in groups.values() for t in group.values()))
         ranks.first(lambda: require_space(self.folder, sum(sizes) + 2**20))
         with contextlib.ExitStack() as stack:
-            partial = ranks.first(lambda: stack.enter_context(atomic_folder(path, manifest=False)))
+            opened = atomic_folder(path, "checkpoint", trusted=True)  # a damaged step is trained and written again
+            partial = ranks.first(lambda: stack.enter_context(opened))
             digests = ranks.together(lambda: {part: self._write(partial, part, groups[part]) for part in groups})
             lines = dict(line for written in digests for line in written.values())
 
             def finish() -> None:
                 write_json_file(partial / "state.json", {"step": checkpoint.step, **checkpoint.state})
                 lines["state.json"] = sha256_file(partial / "state.json")
-                manifest = "".join(f"{lines[name]}  {name}\n" for name in sorted(lines))
-                write_bytes(partial / MANIFEST, manifest.encode())
+                write_bytes(partial / MANIFEST, Manifest("checkpoint", lines).data())
                 stack.close()
 
             ranks.first(finish)
@@ -186,10 +187,7 @@ class CheckpointFolder:
         if not folder.is_dir():
             known = ", ".join(map(str, self.steps())) or "none"
             raise UserError(f"no checkpoint of step {step} in {self.folder}; steps there: {known}")
-        try:
-            verify_manifest(folder)
-        except UnicodeDecodeError as error:
-            raise UserError(f"{folder / MANIFEST} is corrupt: it is not text; use another step") from error
+        verify_manifest(folder)
 
     def _latest_sound(self, at_most: int | None) -> int | None:
         for step in reversed(self.steps()):

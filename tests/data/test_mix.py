@@ -1,5 +1,6 @@
 import json
 import random
+import shutil
 from collections import Counter
 
 import pyarrow.parquet as pq
@@ -116,6 +117,61 @@ def test_file_names_decide_the_split(tmp_path):
     assert sorted(origins(tmp_path / "out", "val")) == [f"web-val.parquet#{i}" for i in range(10)]
     assert manifest.splits["train"].documents == 20
     assert {s.name for s in manifest.sources} == {"web", "books"}
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "test"),
+    [
+        ("train-00000-of-00012", "validation-00000-of-00001", "test-00000-of-00001"),
+        ("data/train-00001-of-00012-6ef3991c06080e14", "data/validation-00000-of-00001-0123456789abcdef", "data/test"),
+        ("en/train/0000", "en/validation/0000", "en/test/0000"),
+        ("x-train", "x-dev", "x_test.3"),
+        ("train", "valid-0", "test-0"),
+        ("train.00", "eval.00", "test.00"),
+        ("train/a", "dev/a", "test/a"),
+    ],
+)
+def test_splits_as_others_name_them(train, val, test, tmp_path):
+    root = tmp_path / "in"
+    for seed, name in enumerate((train, val, test)):
+        write_parquet(root / f"{name}.parquet", [{"text": text} for text in texts(10, seed=seed)])
+    lines = []
+    manifest = small(root, tmp_path / "out", log=lines.append)
+    for split, name in (("train", train), ("val", val)):
+        assert sorted(origins(tmp_path / "out", split)) == [f"{name}.parquet#{i}" for i in range(10)]
+    assert manifest.documents == 20 and manifest.dropped == {"test split": 10}
+    assert "data: 1 files of a test split are left out" in lines
+    (root / f"{val}.parquet").unlink()
+    manifest = small(root, tmp_path / "cut")  # validation is cut from the training files
+    assert manifest.documents == 10 and manifest.dropped == {"test split": 10}
+    assert {o.split("#")[0] for split in ("train", "val") for o in origins(tmp_path / "cut", split)} == {
+        f"{train}.parquet"
+    }
+
+
+def test_text_folders_named_as_splits_need_a_folder_train(tmp_path):
+    root = tmp_path / "in"
+    for number, text in enumerate(texts(30)):
+        file = root / ("lib", "test", "dev")[number % 3] / f"{number}.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    assert small(root, tmp_path / "code").documents == 30
+    (root / "lib").rename(root / "train")
+    manifest = small(root, tmp_path / "out")
+    assert manifest.splits["train"].documents == manifest.splits["val"].documents == 10
+    assert manifest.dropped == {"test split": 10}
+    assert {o.split("/")[0] for o in origins(tmp_path / "out", "train")} == {"train"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["all", "contest", "testing", "test-a", "testament", "Test", "training", "train-x-of-2", "latest", "devs", "0"],
+)
+def test_other_names_are_parted_like_any(name, tmp_path):
+    write_parquet(tmp_path / "in" / f"{name}.parquet", [{"text": text} for text in texts(20)])
+    manifest = small(tmp_path / "in", tmp_path / "out")
+    assert manifest.documents == 20 and manifest.dropped == {} and manifest.splits["val"].documents
+    assert [source.name for source in manifest.sources] == [name]
 
 
 def test_jsonl_files(tmp_path):
@@ -245,7 +301,12 @@ MISTAKES = {
     "line 1 is not valid": lambda f: (f / "a.jsonl").write_bytes(b'{"text": "\xff"}\n'),
     "holds no text at all": lambda f: (f / "a.txt").write_text("  \n"),
     "too little text for a validation split": lambda f: (f / "a.txt").write_text("alone"),
-    "validation files only": lambda f: write_parquet(f / "a-val.parquet", [{"text": "x"}]),
+    "holds validation files only": lambda f: write_parquet(f / "a-val.parquet", [{"text": "x"}]),
+    "holds test files only": lambda f: write_parquet(f / "test-00000-of-00001.parquet", [{"text": "x"}]),
+    "holds validation and test files only": lambda f: (
+        write_parquet(f / "dev.parquet", [{"text": "x"}]),
+        write_parquet(f / "test" / "a.parquet", [{"text": "y"}]),
+    ),
 }
 
 
@@ -268,20 +329,45 @@ def test_other_mistakes(corpus, data_dir, tmp_path):
         small(tmp_path / "a.doc", tmp_path / "out")
     with pytest.raises(UserError, match="too little text"):
         small(corpus, tmp_path / "out", val_min_bytes=10**9)
-    with pytest.raises(UserError, match="the folder to read from"):
+    with pytest.raises(UserError, match="is what is read"):
         small(data_dir, data_dir)
+    with pytest.raises(UserError, match="val_min_bytes 0"):
+        small(corpus, tmp_path / "out", val_min_bytes=0)
     with pytest.raises(UserError, match="val_fraction"):
         small(corpus, tmp_path / "out", val_fraction=0.6)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_of_other_things_is_never_replaced(corpus, tmp_path):
-    (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match="not a data folder"):
+@pytest.mark.parametrize("name", ["thesis.txt", "manifest.json"])
+def test_a_folder_of_other_things_is_never_replaced(corpus, name, tmp_path):
+    (tmp_path / name).write_text("years of work")
+    with pytest.raises(UserError, match="not a data folder made by cognica-poe"):
         small(corpus, tmp_path)
-    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+    assert [p.name for p in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "years of work"
+
+
+def test_data_that_was_added_to_stays(corpus, tmp_path):
     small(corpus, tmp_path / "data")
-    small(corpus, tmp_path / "data", seed=9)  # a data folder is
+    (tmp_path / "data" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="not a data folder made by cognica-poe"):
+        small(corpus, tmp_path / "data", seed=9)
+    assert (tmp_path / "data" / "notes.txt").is_file() and load_manifest(tmp_path / "data").seed == 0
+
+
+def test_output_inside_the_input_and_input_inside_the_output(corpus, tmp_path):
+    shutil.copytree(corpus, tmp_path / "in" / "deep")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=r"lies inside .*, which is read"):
+        small(tmp_path / "in", tmp_path / "in" / "out")
+    with pytest.raises(UserError, match="is not a data folder"):
+        small(tmp_path / "in" / "deep", tmp_path / "in")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_data_folder_of_ours_is_replaced(corpus, tmp_path):
+    small(corpus, tmp_path / "data")
+    small(corpus, tmp_path / "data", seed=9)
+    verify_manifest(tmp_path / "data")
     assert load_manifest(tmp_path / "data").seed == 9
 
 
@@ -296,7 +382,13 @@ def test_damaged_data_folders(corpus, tmp_path):
         list(read_documents(tmp_path / "data", "val"))
     with pytest.raises(UserError, match="unknown split"):
         list(read_documents(tmp_path / "data", "test"))
-    (tmp_path / "data" / "manifest.json").write_text('{"mix": "x"}')
+    manifest = tmp_path / "data" / "manifest.json"
+    described = json.loads(manifest.read_text())
+    for name in ("../../x", "/etc/passwd", "a/b.parquet", ""):
+        manifest.write_text(json.dumps({**described, "shards": [{**described["shards"][0], "file": name}]}))
+        with pytest.raises(UserError, match=r"shard .* cannot be used as a name"):
+            list(read_documents(tmp_path / "data", "train"))
+    manifest.write_text('{"mix": "x"}')
     with pytest.raises(UserError, match="not valid"):
         load_manifest(tmp_path / "data")
     with pytest.raises(UserError, match="not found"):

@@ -16,6 +16,7 @@ from cognica_poe.data.tokenizer import (
     train_tokenizer,
 )
 from cognica_poe.errors import UserError
+from cognica_poe.files import MANIFEST, Manifest, verify_manifest
 
 ALPHABETS = [
     "ab",
@@ -145,7 +146,9 @@ def test_auto_tokenizer_survives_saving_again(automatic, tmp_path):
 
 
 def test_export_sets_the_context_length(tokenizer, tmp_path):
+    (tmp_path / "release").mkdir()
     export_tokenizer(tokenizer.folder, tmp_path / "release", 2048)
+    assert not (tmp_path / "release" / MANIFEST).exists()  # the release's own lists these files
     exported = AutoTokenizer.from_pretrained(tmp_path / "release")
     assert exported.model_max_length == 2048
     assert exported("bako").input_ids == [tokenizer.bos_id, *tokenizer.encode("bako")]
@@ -192,10 +195,26 @@ def test_files_that_are_no_tokenizer(tokenizer, tmp_path):
         Tokenizer(tmp_path)
 
 
-def test_a_folder_of_other_things_is_never_replaced(tokenizer, tmp_path):
-    (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match="not a tokenizer folder"):
-        train_tokenizer(["ba ko mi ba ko mi"], 266, tmp_path)
-    with pytest.raises(UserError, match="not a tokenizer folder"):
-        export_tokenizer(tokenizer.folder, tmp_path, 64)
-    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+def never_read():
+    pytest.fail("text was read before the folder was looked at")
+    yield ""
+
+
+@pytest.mark.parametrize("name", ["thesis.txt", "tokenizer.json"])
+def test_a_folder_of_other_things_is_never_replaced(name, tmp_path):
+    (tmp_path / name).write_text("years of work")
+    with pytest.raises(UserError, match="not a tokenizer folder made by cognica-poe"):
+        train_tokenizer(never_read(), 266, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "years of work"
+
+
+def test_a_tokenizer_of_ours_is_replaced_and_verified(tmp_path):
+    for size in (270, 268):
+        train_tokenizer(["ba ko mi ra lu bako bako mira " * 10], size, tmp_path / "t")
+    assert load_tokenizer(tmp_path / "t").vocab_size == 268
+    verify_manifest(tmp_path / "t")
+    assert set(Manifest.read(tmp_path / "t").digests) == {
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+    }

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from cognica_poe.errors import UserError
-from cognica_poe.files import MANIFEST, write_manifest
+from cognica_poe.files import MANIFEST, Manifest, write_manifest
 from cognica_poe.release.clean_load import logits_in_clean_process
 from cognica_poe.release.export import REQUIRED, card_of, check_release, load_release
 from tests.release.conftest import BOUNDS, record_of, release_model
@@ -114,6 +114,53 @@ def test_what_does_not_belong_together_is_refused(make_release, tokenizer_dir, t
     assert list(tmp_path.iterdir()) == [], "nothing half-written stays"
 
 
+def test_a_folder_that_is_no_release_is_never_replaced(make_release, tokenizer_dir, tmp_path):
+    for name in ("tokenizer", "documents"):
+        out = tmp_path / name
+        if name == "tokenizer":
+            shutil.copytree(tokenizer_dir, out)
+        else:
+            out.mkdir()
+            (out / "thesis.txt").write_text("years of work")
+        before = {file.name: file.read_bytes() for file in out.iterdir()}
+        with pytest.raises(UserError, match="is not a release folder made by cognica-poe"):
+            make_release(out, record={}, model=release_model())  # before the record is looked at
+        assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["documents", "tokenizer"]
+
+
+def test_a_release_is_replaced_and_has_one_manifest_of_all_files(make_release, tmp_path):
+    for step in (100, 300):
+        make_release(tmp_path / "release", step=step)
+    release = check_release(tmp_path / "release")
+    assert release.step == 300 and list(tmp_path.iterdir()) == [release.path]
+    manifest = Manifest.read(release.path)
+    assert manifest.kind == "release"
+    assert {*manifest.digests, MANIFEST} == {
+        path.relative_to(release.path).as_posix() for path in release.path.rglob("*")
+    }
+
+
+@pytest.mark.parametrize("step", ["100", "../../x", 100.0, -1, True, None, [100]])
+def test_a_step_that_is_no_whole_number_is_refused(releases, tmp_path, step):
+    folder = shutil.copytree(releases[1], tmp_path / "release")
+    for name in ("release.json", "analysis.json"):
+        described = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**described, "step": step}))
+    write_manifest(folder, "release")
+    with pytest.raises(UserError, match=r"release\.json: step is .* whole number"):
+        check_release(folder)
+
+
+@pytest.mark.parametrize("name", ["../../x", "/etc/hostname", "sub/x", "a\\b", ".."])
+def test_a_name_that_leads_elsewhere_is_refused(releases, tmp_path, name):
+    folder = shutil.copytree(releases[1], tmp_path / "release")
+    with open(folder / MANIFEST, "a") as manifest:
+        manifest.write(f"{'0' * 64}  {name}\n")
+    with pytest.raises(UserError, match=r"cannot be used as a name|is missing"):
+        check_release(folder)
+
+
 def test_weights_that_are_not_finite_are_not_released(make_release, tmp_path):
     model = release_model()
     with torch.no_grad():
@@ -131,7 +178,7 @@ def _flip(file, at=-3):
 
 def test_damaged_folders_are_refused_in_one_line(releases, tmp_path):
     def remanifest(folder):
-        write_manifest(folder)
+        write_manifest(folder, "release")
 
     damages = {
         "model.safetensors is corrupt": lambda folder: _flip(folder / "model.safetensors"),
@@ -145,6 +192,7 @@ def test_damaged_folders_are_refused_in_one_line(releases, tmp_path):
             remanifest(folder),
         ),
         "is not valid JSON": lambda folder: ((folder / "analysis.json").write_text("{"), remanifest(folder)),
+        "is no JSON object": lambda folder: ((folder / "release.json").write_text("[]"), remanifest(folder)),
         "the release of step 100": lambda folder: (
             (folder / "analysis.json").write_text('{"step": 7}'),
             remanifest(folder),

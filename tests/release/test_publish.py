@@ -1,5 +1,6 @@
 """Publishing to a local Hub folder: what lands there loads offline, once, complete and never half."""
 
+import hashlib
 import json
 import shutil
 
@@ -8,12 +9,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from cognica_poe.errors import UserError
-from cognica_poe.files import MANIFEST, sha256_file, verify_manifest, write_manifest
+from cognica_poe.files import MANIFEST, Manifest, sha256_file, verify_manifest, write_manifest
 from cognica_poe.release import hub_folder
 from cognica_poe.release.clean_load import logits_in_clean_process
 from cognica_poe.release.export import check_release
 from cognica_poe.release.hub_folder import HubFolder, resolve_revision
 from cognica_poe.release.publish import publish
+from cognica_poe.release.tree import tree_of
 from tests.release.conftest import release_model
 
 REPO = "cognica/tiny-poe"
@@ -178,9 +180,75 @@ def test_code_that_differs_between_steps_is_refused(releases, tmp_path):
     changed = shutil.copytree(releases[1], tmp_path / "changed")
     code = changed / "modeling_cognica_poe.py"
     code.write_text(code.read_text() + "# changed\n")
-    write_manifest(changed)
+    write_manifest(changed, "release")
     with pytest.raises(UserError, match="model code of step-100 is not that of step-0"):
         publish([releases[0], changed], f"file:{tmp_path / 'hub'}", REPO)
+
+
+def _forge(hub: HubFolder, ref: str, name: str, content: bytes) -> None:
+    """Point ``ref`` at a revision made by somebody else, whose manifest lists ``name`` too."""
+    commit = hub.refs()[ref]
+    forged = hub.base / "snapshots" / ("f" * 40)
+    shutil.copytree(hub.snapshot(commit), forged)
+    lines = (forged / MANIFEST).read_text() + f"{hashlib.sha256(content).hexdigest()}  {name}\n"
+    (forged / MANIFEST).write_text(lines)
+    (forged / name).resolve().parent.mkdir(parents=True, exist_ok=True)
+    (forged / name).write_bytes(content)
+    (hub.base / "refs" / ref).write_text("f" * 40)
+
+
+@pytest.mark.parametrize("name", ["../../x", "../../../../escaped", "sub/x", "a\\b"])
+def test_names_in_a_manifest_of_somebody_else_lead_nowhere(releases, tmp_path, monkeypatch, name):
+    dest = f"file:{tmp_path / 'hub'}"
+    publish([releases[0], releases[2]], dest, REPO)
+    _forge(HubFolder(tmp_path / "hub", REPO), "step-300", name, b"somebody else's")
+    scratch = tmp_path / "scratch" / "deep"
+    scratch.mkdir(parents=True)
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    with pytest.raises(UserError, match="cannot be used as a name on disk"):
+        publish([releases[1]], dest, REPO)  # main is made from the files of step 300 on the hub
+    assert [path for path in (tmp_path / "scratch").rglob("*") if path != scratch] == []
+
+
+@pytest.mark.parametrize("commit", ["../../..", "/etc", "..", "", "a/b", "a\nb", "x" * 300])
+def test_a_reference_that_leads_elsewhere_is_refused(releases, tmp_path, commit):
+    dest = f"file:{tmp_path / 'hub'}"
+    publish([releases[0]], dest, REPO)
+    hub = HubFolder(tmp_path / "hub", REPO)
+    (hub.base / "refs" / "step-0").write_text(commit)
+    for call in (
+        lambda: publish([releases[1]], dest, REPO),
+        lambda: resolve_revision(tmp_path / "hub", REPO, "step-0"),
+    ):
+        with pytest.raises(UserError, match=r"step-0: commit .* cannot be used as a name"):
+            call()
+
+
+@pytest.mark.parametrize("name", ["../../..", "/etc", "..", "a/../../b", "a\\b", "nul\0"])
+def test_names_from_the_command_line_lead_nowhere(hub, name):
+    folder, publication = hub
+    place, commit = HubFolder(folder, REPO), publication.main
+    calls = {
+        "revision": lambda: resolve_revision(folder, REPO, name),
+        "repository id": lambda: resolve_revision(folder, name),
+        "file name": lambda: place.read(commit, name),
+        "reference": lambda: place.put(name, tree_of(place.snapshot(commit))),
+    }
+    before = _listing(folder)
+    for what, call in calls.items():
+        with pytest.raises(UserError, match=f"^{what} .* cannot be used as a name"):
+            call()
+    assert _listing(folder) == before
+
+
+def test_snapshots_carry_the_mark(hub):
+    folder, publication = hub
+    for commit in (publication.main, *publication.revisions.values()):
+        snapshot = HubFolder(folder, REPO).snapshot(commit)
+        manifest = Manifest.read(snapshot)
+        assert manifest.kind == "release" and {*manifest.digests, MANIFEST} == {
+            file.name for file in snapshot.iterdir()
+        }
 
 
 def test_mistakes_are_told_in_one_line(releases, tmp_path):
