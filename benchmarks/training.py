@@ -2,7 +2,7 @@
 
 import sys
 
-from cognica_poe.cli import main
+from cognica_poe.cli.main import main
 
 if __name__ == "__main__":
     sys.argv[1:1] = ["bench", "train"]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cognica_poe.training.collectives import Ranks
+from cognica_poe.training.parallel.ranks import Ranks
 
 # A server that has imported torch once forks every rank: starting one takes milliseconds instead of seconds.
 _CONTEXT = multiprocessing.get_context("forkserver")

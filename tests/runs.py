@@ -4,7 +4,9 @@ import dataclasses
 import sysconfig
 from pathlib import Path
 
-from cognica_poe.recipes import RECIPES, Recipe
+from cognica_poe.recipe.fields import Recipe
+from cognica_poe.recipe.named import RECIPES
+from cognica_poe.recipe.rules import check
 
 FILES = ("argparse", "ast", "bdb", "calendar", "cgi", "cmd", "code", "codecs", "copy", "csv", "difflib", "dis", "enum")
 
@@ -17,6 +19,16 @@ def write_texts(folder: Path) -> Path:
         if (library / f"{name}.py").is_file():
             (folder / f"{name}.txt").write_text((library / f"{name}.py").read_text()[:30_000])
     return folder
+
+
+def with_training(recipe: Recipe, **changes) -> Recipe:
+    """The recipe with other training fields."""
+    return dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, **changes))
+
+
+def with_ranks(recipe: Recipe, **changes) -> Recipe:
+    """The recipe with other fields of ``training.ranks``."""
+    return with_training(recipe, ranks=dataclasses.replace(recipe.training.ranks, **changes))
 
 
 def small_recipe(texts: Path, poe_mode: str = "flat", **training) -> Recipe:
@@ -40,11 +52,13 @@ def small_recipe(texts: Path, poe_mode: str = "flat", **training) -> Recipe:
         per_stage_head=poe_mode != "none",
     )
     settings = {"steps": 12, "batch_rows": 4, "micro_rows": 2, "checkpoint_every": 3, **training}
-    return dataclasses.replace(
-        tiny,
-        name="small-test",
-        model=model,
-        data=dataclasses.replace(tiny.data, mix=str(texts), val_min_bytes=20_000, case_aug_prob=0.15),
-        training=dataclasses.replace(tiny.training, **settings),
-        release=dataclasses.replace(tiny.release, repo_id="test/small", every=6, val_max_bytes=6000),
-    ).check()
+    return check(
+        dataclasses.replace(
+            tiny,
+            name="small-test",
+            model=model,
+            data=dataclasses.replace(tiny.data, mix=str(texts), val_min_bytes=20_000, case_aug_prob=0.15),
+            training=dataclasses.replace(tiny.training, **settings),
+            release=dataclasses.replace(tiny.release, repo_id="test/small", every=6, val_max_bytes=6000),
+        )
+    )

@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cognica_poe.threads import one_thread
+from cognica_poe.analysis.threads import one_thread
 
 _LOGITS_BYTES = 256 * 2**20  # of fp32 logits [rows, T, V] of all paths of one batch
 _CHUNK_BYTES = 2**20  # of one [positions, V] slice: passes over it stay in the processor's cache

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cognica_poe.analysis.bits_per_byte import evaluate
-from cognica_poe.analysis.statistics import Bootstrap, Interval
+from cognica_poe.analysis.bootstrap import Bootstrap, Interval
 
 BETAS = (0.0, 0.5, 2.0)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from cognica_poe.analysis.statistics import Bootstrap
+from cognica_poe.analysis.bootstrap import Bootstrap
 
 Prompts = list[list[int]]
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from cognica_poe.analysis.statistics import Bootstrap
+from cognica_poe.analysis.bootstrap import Bootstrap
 from cognica_poe.modeling import loops_cognica_poe as loops
 from cognica_poe.modeling import reference_cognica_poe as reference
 from cognica_poe.modeling.engine_cognica_poe import Engines

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from cognica_poe.errors import UserError
-from cognica_poe.recipes import ModelRecipe
+from cognica_poe.recipe.fields import ModelRecipe
 
 
 def check_checkout(path: Path) -> Path:

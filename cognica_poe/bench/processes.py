@@ -8,7 +8,6 @@ import resource
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,26 +50,6 @@ def median_row(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     speeds = [run["tokens_per_s"] for run in runs]
     row["peak_memory_bytes"] = int(statistics.median(run["peak_memory_bytes"] for run in runs))
     return {**row, "spread": [min(speeds), max(speeds)], "rounds": len(runs)}
-
-
-def product_rate(dtype: torch.dtype, device: torch.device, size: int = 2048) -> float:
-    """FLOP/s of the fastest of several ``size``-cubed products."""
-    size = size * 4 if device.type == "cuda" else size
-    a = torch.ones(size, size, dtype=dtype, device=device)
-    best = float("inf")
-    for _ in range(5):
-        synchronize(device)
-        start = time.perf_counter()
-        a @ a
-        synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for an accelerator; nothing on a processor."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def reset_peak_memory(device: torch.device) -> None:

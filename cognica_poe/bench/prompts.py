@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from cognica_poe.cli.progress import log
 from cognica_poe.errors import UserError
-from cognica_poe.generation import load_model
-from cognica_poe.progress import log
-from cognica_poe.recipes import RECIPES, find_recipe
+from cognica_poe.recipe.named import RECIPES, find_recipe
+from cognica_poe.serving.generation import load_model
 
 
 def find_model(name: str, dtype: torch.dtype, device: str) -> tuple[Any, Any | None]:
@@ -71,7 +71,7 @@ def find_prompts(
 
 
 def _from_documents(tokenizer: Any, text: Path, wanted: int, length: int) -> list[torch.Tensor]:
-    from cognica_poe.data.mix import build, read_documents
+    from cognica_poe.data.build import build, read_documents
 
     if (text / "data" / "manifest.json").is_file():  # a run: what it held out
         texts = [d.text for d in read_documents(text / "data", "val")]

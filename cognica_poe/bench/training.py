@@ -23,9 +23,11 @@ from typing import Any
 import torch
 
 from cognica_poe.bench.nanochat import build_step, check_checkout
-from cognica_poe.bench.processes import interleaved, peak_memory, product_rate, reset_peak_memory, synchronize
+from cognica_poe.bench.processes import interleaved, peak_memory, reset_peak_memory
 from cognica_poe.errors import UserError
-from cognica_poe.recipes import ModelRecipe, OptimizerRecipe, Recipe, TrainingRecipe
+from cognica_poe.planning.machine import product_rate, synchronize
+from cognica_poe.recipe.fields import ModelRecipe, OptimizerRecipe, Recipe, TrainingRecipe
+from cognica_poe.recipe.rules import check
 
 SHAPES = ("4x256", "8x512")
 MODES = ("none", "flat", "hier")
@@ -90,12 +92,12 @@ def make_recipe(case: Case) -> Recipe:
     training = TrainingRecipe(
         batch_rows=case.rows, micro_rows=case.micro_rows, compute_dtype=case.dtype, optimizer=optimizer
     )
-    return Recipe(name=case.name, model=model, training=training).check()
+    return check(Recipe(name=case.name, model=model, training=training))
 
 
 def measure(case: Case) -> dict[str, Any]:
     """Median step of a case in this process."""
-    from cognica_poe.costs import Costs
+    from cognica_poe.planning.costs import Costs
     from cognica_poe.training.precision import default_device
 
     torch.manual_seed(0)
@@ -156,7 +158,7 @@ def _step(case: Case, recipe: Recipe, device: torch.device) -> tuple[Callable[..
         return build_step(path, recipe.model, case.dtype, device, case.rows, case.micro_rows, case.compile)
     from cognica_poe.training.memory import keep_freed_memory
     from cognica_poe.training.objective import Objective
-    from cognica_poe.training.optimizer import MuonAdamW
+    from cognica_poe.training.optim.optimizer import MuonAdamW
     from cognica_poe.training.trainer import build_model
 
     if case.keep_freed_memory:

@@ -32,7 +32,7 @@ from cognica_poe.files import (
     write_bytes,
     write_json,
 )
-from cognica_poe.release.card import render_card
+from cognica_poe.release.card.card import render_card
 
 WEIGHTS = "model.safetensors"
 CODE = "_cognica_poe.py"
@@ -167,7 +167,7 @@ def _plain(value: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_record(model: Any, record: Mapping[str, Any], step: int, bounds: list[float]) -> None:
-    from cognica_poe.analysis.measure import weights_sha256
+    from cognica_poe.analysis.analyzer import weights_sha256
 
     if record.get("step") != step:
         raise UserError(f"the analysis record is of step {record.get('step')}, not {step}: analyze this step first")

@@ -39,7 +39,7 @@ from cognica_poe.files import (
     write_bytes,
 )
 from cognica_poe.files import write_json as write_json_file
-from cognica_poe.training.collectives import Ranks
+from cognica_poe.training.parallel.ranks import Ranks
 
 _STEP = re.compile(r"step-(\d+)")
 

@@ -17,22 +17,22 @@ from typing import Any
 
 import torch
 
-from cognica_poe.data.rows import Rows
+from cognica_poe.data.rows.reader import Rows
 from cognica_poe.errors import TrainingStopped, UserError
 from cognica_poe.modeling.configuration_cognica_poe import CognicaPoEConfig
 from cognica_poe.modeling.modeling_cognica_poe import CognicaPoEForCausalLM
-from cognica_poe.recipes import ModelRecipe, Recipe
+from cognica_poe.recipe.fields import ModelRecipe, RanksRecipe, Recipe
 from cognica_poe.training.checkpoint import Checkpoint, CheckpointFolder
-from cognica_poe.training.collectives import Ranks
-from cognica_poe.training.distributed import DistMuonAdamW, DistributedRecipe
-from cognica_poe.training.faults import FaultRecipe, LateRead, SpikePolicy, StepGuard, find_divergence, hash_parameters
+from cognica_poe.training.guard import LateRead, SpikePolicy, StepGuard, find_divergence, hash_parameters
 from cognica_poe.training.journal import Journal
 from cognica_poe.training.memory import keep_freed_memory
 from cognica_poe.training.objective import Objective
-from cognica_poe.training.optimizer import MuonAdamW
+from cognica_poe.training.optim.optimizer import MuonAdamW
+from cognica_poe.training.optim.schedule import Schedule
+from cognica_poe.training.parallel.ranks import Ranks
+from cognica_poe.training.parallel.stages import StageParallelMuonAdamW, StageParallelObjective
+from cognica_poe.training.parallel.zero2 import DistMuonAdamW
 from cognica_poe.training.precision import choose_compute_dtype, default_device
-from cognica_poe.training.schedule import Schedule
-from cognica_poe.training.stage_parallel import StageParallelMuonAdamW, StageParallelObjective
 
 Log = Callable[[str], None]
 
@@ -81,8 +81,6 @@ class Trainer:
         log: receives lines about what happens, on the first rank.
         progress: receives ``(step, metrics)`` after every step, on the first rank.
         ranks: this process among those of the run; all of them share the run folder.
-        distributed: how several ranks share a step.
-        faults: when a step is left out, when the run rolls back, when ranks are compared.
     """
 
     def __init__(
@@ -95,15 +93,13 @@ class Trainer:
         log: Log = lambda line: None,
         progress: Callable[[int, dict[str, Any]], None] = lambda step, metrics: None,
         ranks: Ranks | None = None,
-        distributed: DistributedRecipe | None = None,
-        faults: FaultRecipe | None = None,
     ):
         keep_freed_memory()
         self.recipe, self.run, self.rows, self.ranks = recipe, Path(run), rows, ranks or Ranks()
         self.log: Log = log if self.ranks.is_first else lambda line: None
         self.progress = progress
         training, model = recipe.training, recipe.model
-        distributed = distributed or DistributedRecipe()
+        distributed = training.ranks
         self.by_stages = distributed.parallel == "stages" and self.ranks.world > 1
         self.shares = 1 if self.by_stages else self.ranks.world  # into how many parts the rows of a step are split
         self.rank_rows = _rows_of_a_rank(recipe, self.shares)
@@ -131,7 +127,7 @@ class Trainer:
                 block.compile()
         self.optimizer = self._optimizer(distributed)
         self.schedule = Schedule(training.schedule, training.steps)
-        self.faults = faults or FaultRecipe()
+        self.faults = training.guard
         self.guard = StepGuard(self.faults, self.ranks.mean, self.ranks.world, self.device)
         self.policy = SpikePolicy(self.faults)
         self.step = 0
@@ -146,7 +142,7 @@ class Trainer:
         self.saves_apart = self.ranks.apart() if on_cuda else None
         self.lateness = 1 if on_cuda else 0  # steps under way while the host reads an earlier one
 
-    def _optimizer(self, distributed: DistributedRecipe) -> MuonAdamW:
+    def _optimizer(self, distributed: RanksRecipe) -> MuonAdamW:
         training = self.recipe.training
         batch_tokens = training.batch_rows * self.recipe.model.max_position_embeddings
         if self.ranks.world == 1:

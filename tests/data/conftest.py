@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cognica_poe.data.mix import build
+from cognica_poe.data.build import build
 from cognica_poe.data.tokenizer import train_tokenizer
 
 SYLLABLES = (

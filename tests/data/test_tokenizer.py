@@ -7,14 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from cognica_poe.data.tokenizer import (
-    BOS,
-    SPECIAL_TOKENS,
-    Tokenizer,
-    export_tokenizer,
-    load_tokenizer,
-    train_tokenizer,
-)
+from cognica_poe.data.tokenizer import BOS, SPECIAL_TOKENS, Tokenizer, export_tokenizer, load_tokenizer, train_tokenizer
 from cognica_poe.errors import UserError
 from cognica_poe.files import MANIFEST, Manifest, verify_manifest
 

@@ -10,7 +10,7 @@ from cognica_poe.modeling.graphs_cognica_poe import has_compiler
 from cognica_poe.modeling.modeling_cognica_poe import CognicaPoEForCausalLM
 from cognica_poe.modeling.sampling_cognica_poe import combine
 from tests.conftest import make_model
-from tests.modeling import naive
+from tests.oracles import forward as naive
 
 SHAPES = {
     "3b": ({}, [16, 6, 5, 5], True, 3_019_900_506),

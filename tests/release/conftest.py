@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cognica_poe.analysis.measure import weights_sha256
+from cognica_poe.analysis.analyzer import weights_sha256
 from cognica_poe.data.tokenizer import train_tokenizer
 from cognica_poe.release.export import export_release
 from tests.conftest import make_model

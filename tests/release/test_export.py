@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 from cognica_poe.errors import UserError
 from cognica_poe.files import MANIFEST, Manifest, write_manifest
-from cognica_poe.release.clean_load import logits_in_clean_process
 from cognica_poe.release.export import REQUIRED, card_of, check_release, load_release
+from cognica_poe.release.publish.clean_load import logits_in_clean_process
 from tests.release.conftest import BOUNDS, record_of, release_model
 
 IDS = [271, 4, 9, 16, 25, 36, 49, 64, 81, 100, 121, 144, 169, 196, 225, 256, 3, 5, 8]

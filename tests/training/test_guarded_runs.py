@@ -1,24 +1,24 @@
 """Faults inside a whole run: a bad gradient on one rank, spikes, a rank that computes wrongly, late figures."""
 
-import dataclasses
 import json
 import shutil
 
 import pytest
 import torch
 
-from cognica_poe import life
+from cognica_poe import pipeline
 from cognica_poe.errors import UserError
+from cognica_poe.recipe.fields import GuardRecipe
+from cognica_poe.recipe.stored import save_recipe
 from cognica_poe.training import trainer as trainer_module
 from cognica_poe.training.checkpoint import CheckpointFolder
-from cognica_poe.training.collectives import Ranks
-from cognica_poe.training.faults import FaultRecipe
+from cognica_poe.training.parallel.ranks import Ranks
 from cognica_poe.training.trainer import Trainer, build_model
 from tests.gloo import run_ranks
-from tests.runs import small_recipe, write_texts
+from tests.runs import small_recipe, with_training, write_texts
 
 STEPS = 12
-SPIKES = FaultRecipe(spike_window=4, spike_sigma=1000.0, max_in_a_row=2, pass_over=1, compare_ranks_every=2)
+SPIKES = GuardRecipe(spike_window=4, spike_sigma=1000.0, max_in_a_row=2, pass_over=1, compare_ranks_every=2)
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +26,8 @@ def prepared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("prepared")
     training = {"steps": STEPS, "batch_rows": 4, "micro_rows": 1, "checkpoint_every": 3, "compute_dtype": "float32"}
     recipe = small_recipe(write_texts(folder / "texts"), **training)
-    life.prepare(recipe, folder / "run", lambda line: None)
-    life.open_rows(folder / "run", recipe).facts(0)
+    pipeline.prepare(recipe, folder / "run", lambda line: None)
+    pipeline.open_rows(folder / "run", recipe).facts(0)
     return folder / "run"
 
 
@@ -42,8 +42,9 @@ def train(ranks, run, factors, alone=False, lateness=0, resume=False):
     Returns the weights before every step that was launched, and the error that ended the run, if any.
     """
     trainer_module.build_model = lambda *args: build_model(*args).double()
-    recipe, ranks = life.read_recipe(run), Ranks() if alone else ranks
-    trainer = Trainer(recipe, run, life.open_rows(run, recipe), resume=resume, ranks=ranks, faults=SPIKES)
+    recipe = with_training(pipeline.read_recipe(run), guard=SPIKES)
+    ranks = Ranks() if alone else ranks
+    trainer = Trainer(recipe, run, pipeline.open_rows(run, recipe), resume=resume, ranks=ranks)
     trainer.lateness = lateness
     history = []
 
@@ -158,8 +159,8 @@ def test_late_figures_change_nothing(fresh):
 
 
 def diverge(ranks, run):
-    recipe = life.read_recipe(run)
-    trainer = Trainer(recipe, run, life.open_rows(run, recipe), ranks=ranks, faults=SPIKES)
+    recipe = with_training(pipeline.read_recipe(run), guard=SPIKES)
+    trainer = Trainer(recipe, run, pipeline.open_rows(run, recipe), ranks=ranks)
     one_step = trainer._train_step
 
     def flip():
@@ -177,9 +178,8 @@ def diverge(ranks, run):
 
 def test_a_rank_that_differs_is_named_and_nothing_is_saved(fresh):
     run = fresh("run")
-    recipe = life.read_recipe(run)
-    training = dataclasses.replace(recipe.training, batch_rows=3)
-    dataclasses.replace(recipe, training=training).save(run / "recipe.json")
+    recipe = pipeline.read_recipe(run)
+    save_recipe(with_training(recipe, batch_rows=3), run / "recipe.json")
     errors = run_ranks(3, diverge, run)
     assert len(set(errors)) == 1 and "rank 2 differs in lm_head.weight at step 4" in errors[0]
     assert CheckpointFolder(run / "checkpoints").steps() == [3]

@@ -13,7 +13,7 @@ import time
 import pytest
 import torch
 
-from cognica_poe import life
+from cognica_poe import pipeline
 from cognica_poe.errors import UserError
 from cognica_poe.files import MANIFEST, verify_manifest
 from cognica_poe.training.checkpoint import CheckpointFolder
@@ -29,8 +29,8 @@ def prepared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("prepared")
     settings = {"steps": 80, "batch_rows": 6, "micro_rows": 1, "checkpoint_every": EVERY, "compute_dtype": "float32"}
     recipe = small_recipe(write_texts(folder / "texts"), **settings)
-    life.prepare(recipe, folder / "run", lambda line: None)
-    life.open_rows(folder / "run", recipe).facts(0)
+    pipeline.prepare(recipe, folder / "run", lambda line: None)
+    pipeline.open_rows(folder / "run", recipe).facts(0)
     return folder / "run"
 
 
@@ -40,8 +40,8 @@ def fresh(prepared, tmp_path):
 
 
 def train(ranks, run):
-    recipe = life.read_recipe(run)
-    Trainer(recipe, run, life.open_rows(run, recipe), resume=True, ranks=ranks).train()
+    recipe = pipeline.read_recipe(run)
+    Trainer(recipe, run, pipeline.open_rows(run, recipe), resume=True, ranks=ranks).train()
 
 
 def sound_steps(run):
@@ -59,7 +59,7 @@ def last_metric(run):
 
 
 def assert_same_end(run, whole):
-    last = life.read_recipe(run).training.steps
+    last = pipeline.read_recipe(run).training.steps
     ends = [CheckpointFolder(folder / "checkpoints").load(last) for folder in (run, whole)]
     for part in ("weights", "optimizer"):
         actual, expected = (getattr(end, part) for end in ends)
@@ -105,15 +105,15 @@ def test_twenty_kills_of_random_ranks_lose_no_checkpoint(fresh, tmp_path):
 
 def flip_and_resume(ranks, run):
     lines = []
-    recipe = life.read_recipe(run)
-    trainer = Trainer(recipe, run, life.open_rows(run, recipe), resume=True, ranks=ranks, log=lines.append)
+    recipe = pipeline.read_recipe(run)
+    trainer = Trainer(recipe, run, pipeline.open_rows(run, recipe), resume=True, ranks=ranks, log=lines.append)
     return trainer.step, lines
 
 
 def train_to(ranks, run, steps):
-    recipe = life.read_recipe(run)
+    recipe = pipeline.read_recipe(run)
     recipe = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, steps=steps))
-    Trainer(recipe, run, life.open_rows(run, recipe), ranks=ranks).train()
+    Trainer(recipe, run, pipeline.open_rows(run, recipe), ranks=ranks).train()
 
 
 @pytest.fixture(scope="module")
@@ -146,8 +146,8 @@ def test_a_flipped_byte_in_any_file_is_named(four_steps, tmp_path):
 
 def save_on_a_full_disk(ranks, run, full_rank):
     """The kernel refuses one rank's file after its first kilobyte."""
-    recipe = life.read_recipe(run)
-    trainer = Trainer(recipe, run, life.open_rows(run, recipe), resume=True, ranks=ranks)
+    recipe = pipeline.read_recipe(run)
+    trainer = Trainer(recipe, run, pipeline.open_rows(run, recipe), resume=True, ranks=ranks)
     save = trainer.checkpoints.save
 
     def save_with_a_limit(checkpoint, apart):
@@ -181,14 +181,14 @@ import os, signal, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from cognica_poe import life
-from cognica_poe.training.collectives import join_ranks
+from cognica_poe import pipeline
+from cognica_poe.training.parallel.ranks import join_ranks
 from cognica_poe.training.trainer import Trainer
 run = Path(sys.argv[1])
 kills = {0: (1, 5), 1: (0, 9)}  # restart: rank, step
 with join_ranks() as ranks:
-    recipe = life.read_recipe(run)
-    trainer = Trainer(recipe, run, life.open_rows(run, recipe), ranks=ranks)
+    recipe = pipeline.read_recipe(run)
+    trainer = Trainer(recipe, run, pipeline.open_rows(run, recipe), ranks=ranks)
     one_step = trainer._train_step
     def step():
         if kills.get(ranks.restarts) == (ranks.rank, trainer.step):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cognica_poe import life
+from cognica_poe import pipeline
 from cognica_poe.errors import UserError
 from cognica_poe.training.checkpoint import CheckpointFolder
 from cognica_poe.training.objective import Objective
@@ -24,14 +24,14 @@ import os, signal, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from cognica_poe import life
+from cognica_poe import pipeline
 from cognica_poe.training.trainer import Trainer
 run, kill = Path(sys.argv[1]), int(sys.argv[2])
-recipe = life.read_recipe(run)
+recipe = pipeline.read_recipe(run)
 def progress(step, metrics):
     if step == kill:
         os.kill(os.getpid(), getattr(signal, sys.argv[3]))
-Trainer(recipe, run, life.open_rows(run, recipe), resume=True, progress=progress).train()
+Trainer(recipe, run, pipeline.open_rows(run, recipe), resume=True, progress=progress).train()
 """
 
 
@@ -50,7 +50,7 @@ def texts(tmp_path_factory):
 def fresh(texts, tmp_path):
     def make(name, **training):
         recipe = small_recipe(texts, **{"steps": STEPS, **training})
-        life.prepare(recipe, tmp_path / name, lambda line: None)
+        pipeline.prepare(recipe, tmp_path / name, lambda line: None)
         return recipe, tmp_path / name
 
     return make
@@ -96,7 +96,7 @@ def test_sigterm_saves_the_step(fresh):
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(fresh):
     recipe, run = fresh("run", steps=6)
-    rows = life.open_rows(run, recipe)
+    rows = pipeline.open_rows(run, recipe)
     Trainer(recipe, run, rows).train()
     file = run / "checkpoints" / "step-6" / "model.safetensors"
     data = bytearray(file.read_bytes())
@@ -112,24 +112,24 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(fresh):
 
 def test_a_run_is_not_overwritten_or_mixed(fresh, texts):
     recipe, run = fresh("run", steps=3)
-    Trainer(recipe, run, life.open_rows(run, recipe)).train()
+    Trainer(recipe, run, pipeline.open_rows(run, recipe)).train()
     with pytest.raises(UserError, match="already holds"):
-        Trainer(recipe, run, life.open_rows(run, recipe))
+        Trainer(recipe, run, pipeline.open_rows(run, recipe))
     with pytest.raises(UserError, match="another recipe"):
-        life.prepare(small_recipe(texts, steps=99), run, lambda line: None, resume=True)
+        pipeline.prepare(small_recipe(texts, steps=99), run, lambda line: None, resume=True)
 
 
 def test_flex_attention_is_refused_on_a_processor(fresh):
     recipe, run = fresh("run", steps=3, attention="flex_attention")
     with pytest.raises(UserError, match="trains on CUDA alone; use sdpa"):
-        Trainer(recipe, run, life.open_rows(run, recipe))
+        Trainer(recipe, run, pipeline.open_rows(run, recipe))
 
 
 def test_a_run_that_recomputes_activations_has_the_same_weights(fresh):
     runs = []
     for name, recompute in (("kept", False), ("again", True)):
         recipe, run = fresh(name, steps=3, recompute=recompute)
-        trainer = Trainer(recipe, run, life.open_rows(run, recipe))
+        trainer = Trainer(recipe, run, pipeline.open_rows(run, recipe))
         trainer.train()
         runs.append(trainer.model.state_dict())
     assert all(torch.equal(value, runs[1][name]) for name, value in runs[0].items())
@@ -137,7 +137,7 @@ def test_a_run_that_recomputes_activations_has_the_same_weights(fresh):
 
 def test_a_non_finite_loss_stops_before_the_update(fresh):
     recipe, run = fresh("run")
-    trainer = Trainer(recipe, run, life.open_rows(run, recipe))
+    trainer = Trainer(recipe, run, pipeline.open_rows(run, recipe))
     with torch.no_grad():
         trainer.model.transformer.h[0].mlp.c_fc.weight[0, 0] = float("nan")
     before = {name: p.clone() for name, p in trainer.model.named_parameters()}
@@ -150,7 +150,7 @@ def test_a_non_finite_loss_stops_before_the_update(fresh):
 
 def test_accumulation_does_not_change_the_gradient(fresh):
     recipe, run = fresh("run")
-    batch = torch.from_numpy(life.open_rows(run, recipe).batch(0, 4))
+    batch = torch.from_numpy(pipeline.open_rows(run, recipe).batch(0, 4))
     gradients = []
     for micro in (4, 2, 1):
         model = build_model(recipe.model).double().train()

@@ -1,0 +1,257 @@
+"""Packing: rows(epoch) = f(data, tokenizer, seed, epoch, row_len), all of it, nothing else.
+
+Every row starts with BOS, every document start has a BOS in front, there is no padding. A document longer than a row is
+cut into full rows and one remainder; remainders and short documents are put together by best fit. Where nothing fits
+a gap, the longest waiting document is cut to fill it and goes on at the start of another row. Only the last, unfilled
+row is dropped. (The usual best-fit loader crops instead, and loses about a third of the tokens.)
+
+On disk, per split and epoch: ``rows-<split>-epoch<e>.bin`` (uint16 [rows, row_len]), ``.npz`` (row-to-document index)
+and ``.json`` (facts and fingerprint, written last: without it the others do not count).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cognica_poe.data.manifest import DataManifest, load_manifest, read_documents
+from cognica_poe.data.rows.layout import plan_rows
+from cognica_poe.data.tokenizer import Tokenizer
+from cognica_poe.errors import UserError
+from cognica_poe.files import disk_errors, read_json, require_space, write_json
+
+_VERSION = 2  # of the algorithm; part of the fingerprint
+_BATCH = 256  # documents encoded at a time
+CASES = ("as is", "lower", "upper")
+_LOWER_SHARE = 0.8
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """Facts about one packed epoch."""
+
+    fingerprint: str
+    split: str
+    epoch: int
+    rows: int
+    row_len: int
+    documents: int
+    document_tokens: int
+    """Tokens of all documents, BOS not counted."""
+    kept_fraction: float
+    """Part of ``document_tokens`` that is in the rows."""
+    fragments: int
+    """Pieces of documents in the rows."""
+    needless_cuts: int
+    """Documents that would fit a row and were cut all the same."""
+    lowered: int
+    uppered: int
+
+
+@dataclass(frozen=True)
+class RowIndex:
+    """Which tokens of which documents a row holds; fragments are in row order."""
+
+    first: np.ndarray
+    """int64 [rows + 1]: fragments of row r are ``first[r]:first[r + 1]``."""
+    document: np.ndarray
+    """int64 [fragments]: number of the document in the order of the split's shards."""
+    start: np.ndarray
+    """int64 [fragments]: first token within the document."""
+    length: np.ndarray
+    """int64 [fragments]: tokens, without the BOS in front."""
+    case: np.ndarray
+    """uint8 [documents]: index into ``CASES``."""
+
+
+def random_bits(count: int, *key: object) -> np.ndarray:
+    """uint64 [count] that depend on ``key`` alone (Philox; its raw stream is the same in every version)."""
+    digest = hashlib.sha256(json.dumps([str(part) for part in key]).encode()).digest()
+    generator = np.random.Philox(key=int.from_bytes(digest[:16], "big"))
+    return np.atleast_1d(np.asarray(generator.random_raw(count), dtype=np.uint64))
+
+
+def fingerprint_of(
+    manifest: DataManifest,
+    tokenizer: Tokenizer,
+    *,
+    split: str,
+    epoch: int | None,
+    seed: int,
+    row_len: int,
+    case_aug: float,
+) -> str:
+    """Identity of packed rows: two with the same one hold the same bytes."""
+    parts = [_VERSION, manifest.split_sha256(split), tokenizer.sha256, split, epoch, seed, row_len, case_aug]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def row_file(out_dir: Path, split: str, epoch: int, suffix: str) -> Path:
+    """Path of one of the three files of an epoch."""
+    return Path(out_dir) / f"rows-{split}-epoch{epoch}{suffix}"
+
+
+def load_facts(out_dir: Path, split: str, epoch: int, fingerprint: str) -> PackedRows | None:
+    """Facts of an epoch packed before, or None if there are none with this fingerprint."""
+    file = row_file(out_dir, split, epoch, ".json")
+    if not file.is_file():
+        return None
+    try:
+        facts = PackedRows(**read_json(file, "packed rows"))
+    except (TypeError, UserError):
+        return None  # of another version or damaged: packed again
+    return facts if facts.fingerprint == fingerprint else None
+
+
+def load_index(out_dir: Path, split: str, epoch: int) -> RowIndex:
+    """Row-to-document index of a packed epoch."""
+    with np.load(row_file(out_dir, split, epoch, ".npz"), allow_pickle=False) as arrays:
+        return RowIndex(**{name: arrays[name] for name in RowIndex.__dataclass_fields__})
+
+
+def pack(
+    data_dir: Path,
+    tokenizer: Tokenizer,
+    out_dir: Path,
+    *,
+    split: str = "train",
+    epoch: int = 0,
+    seed: int = 0,
+    row_len: int,
+    case_aug_prob: float = 0.15,
+    log: Callable[[str], None] = lambda line: None,
+) -> PackedRows:
+    """Pack one epoch unless the same rows are there already. Validation is neither shuffled nor augmented.
+
+    Case augmentation (training): with ``case_aug_prob`` a document is lowered (80 %) or uppered (20 %) before
+    encoding, drawn per document and epoch. Raises UserError if the text does not fill one row.
+    """
+    if row_len < 4 or not 0 <= case_aug_prob <= 1:
+        raise UserError(f"row_len {row_len} must be at least 4 and case_aug_prob {case_aug_prob} in [0, 1]")
+    out_dir = Path(out_dir)
+    manifest = load_manifest(data_dir)
+    training = split == "train"
+    case_aug_prob = case_aug_prob if training else 0.0
+    fingerprint = fingerprint_of(
+        manifest, tokenizer, split=split, epoch=epoch, seed=seed, row_len=row_len, case_aug=case_aug_prob
+    )
+    facts = load_facts(out_dir, split, epoch, fingerprint)
+    if facts and _complete(out_dir, facts):
+        return facts
+    documents = manifest.splits[split].documents
+    case = _draw_cases(documents, case_aug_prob, seed, epoch)
+    with disk_errors(out_dir):
+        out_dir.mkdir(parents=True, exist_ok=True)
+        require_space(out_dir, 2 * manifest.splits[split].bytes)
+        flat = row_file(out_dir, split, epoch, f".partial-{os.getpid()}")
+        try:
+            lengths = _encode_all(data_dir, split, tokenizer, case, flat)
+            order = np.argsort(random_bits(documents, seed, epoch, "documents"), kind="stable") if training else None
+            heads = (random_bits(documents, seed, epoch, "heads") & np.uint64(1)).astype(bool) if training else None
+            first, document, start, length = plan_rows(lengths, row_len, order, heads)
+            if len(first) < 2:
+                raise UserError(
+                    f"too little text for one row of {row_len}: the {split} split has {lengths.sum():,} tokens; "
+                    "use more text or a shorter row"
+                )
+            index = RowIndex(first, document, start, length, case)
+            _write_rows(out_dir, split, epoch, flat, lengths, index, row_len, tokenizer.bos_id)
+        finally:
+            flat.unlink(missing_ok=True)
+    cut = np.unique(document[length < lengths[document]])
+    facts = PackedRows(
+        fingerprint=fingerprint,
+        split=split,
+        epoch=epoch,
+        rows=len(first) - 1,
+        row_len=row_len,
+        documents=documents,
+        document_tokens=int(lengths.sum()),
+        kept_fraction=float(length.sum() / lengths.sum()),
+        fragments=len(document),
+        needless_cuts=int((lengths[cut] < row_len).sum()),
+        lowered=int((case == 1).sum()),
+        uppered=int((case == 2).sum()),
+    )
+    write_json(row_file(out_dir, split, epoch, ".json"), asdict(facts))
+    log(
+        f"rows: {split} epoch {epoch}: {facts.rows:,} rows of {row_len}, "
+        f"{100 * facts.kept_fraction:.2f} % of {facts.document_tokens:,} tokens kept"
+    )
+    return facts
+
+
+def apply_case(text: str, case: int) -> str:
+    """The text as augmented: index into ``CASES``."""
+    return text.lower() if case == 1 else text.upper() if case == 2 else text
+
+
+def _draw_cases(documents: int, probability: float, seed: int, epoch: int) -> np.ndarray:
+    drawn = random_bits(2 * documents, seed, epoch, "case").astype(np.float64).reshape(2, documents) / 2.0**64
+    return np.where(drawn[0] < probability, np.where(drawn[1] < _LOWER_SHARE, 1, 2), 0).astype(np.uint8)
+
+
+def _encode_all(data_dir: Path, split: str, tokenizer: Tokenizer, case: np.ndarray, flat: Path) -> np.ndarray:
+    """Append every document's ids (uint16, no BOS) to ``flat``; int64 [documents] lengths."""
+    lengths: list[int] = []
+    with open(flat, "wb") as file:
+        for texts in _batches(apply_case(d.text, case[i]) for i, d in enumerate(read_documents(data_dir, split))):
+            for ids in tokenizer.encode_batch(texts):
+                lengths.append(len(ids))
+                file.write(ids.tobytes())
+    return np.array(lengths, dtype=np.int64)
+
+
+def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    for text in texts:
+        batch.append(text)
+        if len(batch) == _BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _write_rows(
+    out_dir: Path, split: str, epoch: int, flat: Path, lengths: np.ndarray, index: RowIndex, row_len: int, bos_id: int
+) -> None:
+    tokens = np.memmap(flat, dtype=np.uint16, mode="r")
+    offsets = np.concatenate([[0], np.cumsum(lengths)])[index.document] + index.start
+    partial = {
+        suffix: row_file(out_dir, split, epoch, f"{suffix}.partial-{os.getpid()}") for suffix in (".bin", ".npz")
+    }
+    try:
+        with open(partial[".bin"], "wb") as file:
+            for row in range(len(index.first) - 1):
+                values = np.full(row_len, bos_id, dtype=np.uint16)
+                at = 1
+                for fragment in range(index.first[row], index.first[row + 1]):
+                    count = index.length[fragment]
+                    values[at : at + count] = tokens[offsets[fragment] : offsets[fragment] + count]
+                    at += count + 1
+                file.write(values.tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+        with open(partial[".npz"], "wb") as file:
+            np.savez(file, **{name: getattr(index, name) for name in RowIndex.__dataclass_fields__})
+            file.flush()
+            os.fsync(file.fileno())
+        row_file(out_dir, split, epoch, ".json").unlink(missing_ok=True)  # the old rows no longer count
+        for suffix, file in partial.items():
+            os.replace(file, row_file(out_dir, split, epoch, suffix))
+    finally:
+        for file in partial.values():
+            file.unlink(missing_ok=True)
+
+
+def _complete(out_dir: Path, facts: PackedRows) -> bool:
+    rows = row_file(out_dir, facts.split, facts.epoch, ".bin")
+    index = row_file(out_dir, facts.split, facts.epoch, ".npz")
+    return rows.is_file() and index.is_file() and rows.stat().st_size == 2 * facts.rows * facts.row_len

@@ -1,0 +1,196 @@
+"""The whole life of a model: data, tokenizer, training, a measured release per step, report.
+
+Every part of it reads and writes the run folder alone and leaves finished work as it is, so that an interrupted run
+goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from cognica_poe.analysis.record import AnalysisRecord, load_records, read_record, record_path
+from cognica_poe.data.build import build, load_manifest, read_documents
+from cognica_poe.data.rows.reader import Rows
+from cognica_poe.data.tokenizer import load_tokenizer, train_tokenizer
+from cognica_poe.errors import UserError
+from cognica_poe.files import read_json, write_json
+from cognica_poe.recipe.fields import Recipe
+from cognica_poe.recipe.named import find_recipe
+from cognica_poe.recipe.rules import changed_settings
+from cognica_poe.recipe.stored import save_recipe
+from cognica_poe.training.checkpoint import CheckpointFolder
+from cognica_poe.training.trainer import build_model
+
+Log = Callable[[str], None]
+
+
+def prepare(recipe: Recipe, run: Path, log: Log, resume: bool = False) -> None:
+    """Recipe, data and tokenizer of a run folder, as far as they are not there yet.
+
+    Raises UserError when the folder belongs to another recipe.
+    """
+    run, saved = Path(run), Path(run) / "recipe.json"
+    if saved.is_file():
+        earlier = find_recipe(str(saved))
+        if changed := changed_settings(earlier, recipe):
+            names = ", ".join(setting.option for setting in changed)
+            raise UserError(
+                f"{run} holds a run of another recipe ({earlier.name}): {names} differ; choose another --out"
+            )
+        if not resume and (run / "checkpoints").is_dir():
+            raise UserError(f"{run} already holds a run: add --resume to go on, or choose another --out")
+    data, tokenizer = run / "data", run / "tokenizer"
+    if not (data / "manifest.json").is_file():
+        options = recipe.data
+        build(
+            options.mix,
+            data,
+            val_fraction=options.val_fraction,
+            val_min_bytes=options.val_min_bytes,
+            seed=options.seed,
+            max_bytes=options.max_bytes,
+            log=log,
+        )
+    save_recipe(recipe, saved)
+    if not (tokenizer / "tokenizer.json").is_file():
+        texts = (document.text for document in read_documents(data, "train"))
+        train_tokenizer(texts, recipe.model.vocab_size, tokenizer, max_bytes=recipe.data.tokenizer_bytes, log=log)
+
+
+def open_rows(run: Path, recipe: Recipe, log: Log = lambda line: None) -> Rows:
+    """The training rows of a run folder."""
+    return Rows(
+        Path(run) / "data",
+        Path(run) / "tokenizer",
+        Path(run) / "rows",
+        seed=recipe.data.seed,
+        row_len=recipe.model.max_position_embeddings + 1,
+        case_aug_prob=recipe.data.case_aug_prob,
+        log=log,
+    )
+
+
+def read_recipe(run: Path) -> Recipe:
+    """The recipe of a run folder. Raises UserError when there is none."""
+    if not (Path(run) / "recipe.json").is_file():
+        raise UserError(f"{run} is not a run folder: it holds no recipe.json; make one with `cognica-poe run`")
+    return find_recipe(str(Path(run) / "recipe.json"))
+
+
+def baseline(run: Path, recipe: Recipe, log: Log = lambda line: None) -> dict[str, Any]:
+    """xz bits per byte of the validation slice, computed once per run (``analysis/baseline.json``)."""
+    from cognica_poe.analysis.analyzer import validation_slice
+    from cognica_poe.analysis.baseline import xz_baseline
+
+    data, file = Path(run) / "data", Path(run) / "analysis" / "baseline.json"
+    part = validation_slice((d.text for d in read_documents(data, "val")), recipe.release.val_max_bytes)
+    if file.is_file():
+        known = read_json(file, "baseline")
+        if known.pop("slice_sha256") == part.sha256:
+            return known
+    log("baseline: compressing with xz -9e, alone and primed with the training text")
+    figures = xz_baseline((d.text for d in read_documents(data, "train")), part.texts)
+    write_json(file, {**figures, "slice_sha256": part.sha256})
+    return figures
+
+
+def measure(run: Path, recipe: Recipe, model: Any, step: int, log: Log) -> AnalysisRecord:
+    """Analyse ``model`` at ``step`` and write its record."""
+    from cognica_poe.analysis.analyzer import analyze
+
+    folder = Path(run) / "analysis"
+    earlier = [record for record in load_records(folder) if record.step < step]
+    record = analyze(
+        model,
+        load_tokenizer(Path(run) / "tokenizer"),
+        Path(run) / "data",
+        step=step,
+        tokens_seen=step * recipe.training.batch_rows * recipe.model.max_position_embeddings,
+        name=recipe.name,
+        val_max_bytes=recipe.release.val_max_bytes,
+        previous=earlier[-1] if earlier else None,
+        baseline=baseline(run, recipe, log),
+        safety=recipe.release.wand_safety,
+        draft_length=recipe.release.draft_length,
+        log=log,
+    )
+    record.write(folder)
+    return record
+
+
+def export_step(run: Path, recipe: Recipe, model: Any, step: int, log: Log, out: Path | None = None) -> Path:
+    """Write the release folder of a measured step."""
+    from cognica_poe.release.export import export_release
+
+    record = read_record(record_path(Path(run) / "analysis", step))
+    manifest = load_manifest(Path(run) / "data").model_dump(mode="json")
+    return export_release(
+        model,
+        Path(run) / "tokenizer",
+        out or Path(run) / "release" / f"step-{step}",
+        record=record.model_dump(mode="json"),
+        wand_bounds=record.wand_bounds,
+        name=recipe.release.repo_id.split("/")[-1],
+        step=step,
+        repo_id=recipe.release.repo_id,
+        about={"data": {"mix": manifest["mix"], "sources": manifest["sources"]}},
+        log=log,
+    )
+
+
+def publish_run(run: Path, recipe: Recipe, steps: Sequence[int], log: Log) -> None:
+    """Publish measured steps into the run's own Hub cache folder, ``release/hub``."""
+    from cognica_poe.release.publish.publish import publish
+
+    folders = [Path(run) / "release" / f"step-{step}" for step in steps]
+    hub = Path(run) / "release" / "hub"
+    publish(folders, f"file:{hub}", recipe.release.repo_id, replace=True, log=log)
+
+
+def checkpoint_model(run: Path, recipe: Recipe, step: int, log: Log = lambda line: None) -> Any:
+    """The model of a checkpoint, in evaluation mode. Raises UserError when the step is missing or damaged."""
+    checkpoint = CheckpointFolder(Path(run) / "checkpoints", log).load(step)
+    model = build_model(recipe.model)
+    model.load_state_dict(checkpoint.weights)
+    return model.eval()
+
+
+def checkpoint_steps(run: Path, wanted: Sequence[int]) -> list[int]:
+    """``wanted``, or every checkpoint step of the run."""
+    steps = CheckpointFolder(Path(run) / "checkpoints").steps()
+    if not steps:
+        raise UserError(f"{run} holds no checkpoints; train it first with `cognica-poe train`")
+    return sorted(wanted) if wanted else steps
+
+
+def live(recipe: Recipe, run: Path, *, resume: bool, log: Log, progress: Callable[[int, dict], None]) -> list[int]:
+    """Train ``recipe`` in ``run`` and release every step of its schedule; returns the released steps."""
+    from cognica_poe.release.report.report import write_report
+    from cognica_poe.training.trainer import Trainer
+
+    prepare(recipe, run, log, resume)
+    trainer = Trainer(recipe, run, open_rows(run, recipe, log), resume=resume, log=log, progress=progress)
+
+    def release(step: int) -> None:
+        measure(run, recipe, trainer.model, step, log)
+        export_step(run, recipe, trainer.model, step, log)
+
+    trainer.train(release)
+    steps = [step for step in recipe.released_steps() if (Path(run) / "release" / f"step-{step}").is_dir()]
+    for step in itertools.filterfalse(steps.__contains__, recipe.released_steps()):
+        release_from_checkpoint(run, recipe, step, log)  # a kill came between checkpoint and release
+    steps = recipe.released_steps()
+    publish_run(run, recipe, steps, log)
+    report = write_report([run], Path(run) / "report")
+    log(f"report: {report}")
+    return steps
+
+
+def release_from_checkpoint(run: Path, recipe: Recipe, step: int, log: Log) -> None:
+    """Measure and export a step from its checkpoint."""
+    model = checkpoint_model(run, recipe, step, log)
+    measure(run, recipe, model, step, log)
+    export_step(run, recipe, model, step, log)

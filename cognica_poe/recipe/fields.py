@@ -1,0 +1,221 @@
+"""Every value that decides a run, as frozen dataclasses: a recipe. Each field is an option of the command line.
+
+A field's metadata say what it may be and whether a resumed run may change it (:func:`setting`); ``rules`` reads them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+LOG_STEPS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+
+def setting(
+    default: Any = dataclasses.MISSING,
+    *,
+    low: float | None = 0,
+    high: float | None = None,
+    resume: bool = False,
+) -> Any:
+    """A field with its rules.
+
+    Args:
+        default: its value where a recipe says nothing; a field without one must be given.
+        low, high: least and greatest number; ``None`` for no bound. Fields without :func:`setting` start at 0.
+        resume: a resumed run may have another value.
+    """
+    return dataclasses.field(default=default, metadata={"low": low, "high": high, "resume": resume})
+
+
+@dataclass(frozen=True)
+class ModelRecipe:
+    """Shape and objective; the fields carry the names of the released config."""
+
+    vocab_size: int = setting(32768, low=266)
+    """Tokens of the vocabulary, 9 specials included."""
+    hidden_size: int = 2048
+    intermediate_size: int = 12800
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 16
+    num_key_value_heads: int = 8
+    head_dim: int = 128
+    max_position_embeddings: int = setting(2048, low=8)
+    """Context length in tokens; also the row length of training."""
+    window_pattern: str = "SSSL"
+    """S short, L long window, tiled over the layers; the last layer is always long."""
+    short_window: int | None = None
+    """Tokens before itself that a short layer sees; a quarter of the context, rounded up to 128, when omitted."""
+    poe_mode: Literal["flat", "hier", "none"] = "flat"
+    """flat: local losses; hier: deep supervision; none: ordinary backprop."""
+    poe_alpha: float = setting(0.0, low=None)
+    """Exponent of the number of experts, in the loss and in the pool."""
+    poe_stage_layers: tuple[int, ...] = (16, 6, 5, 5)
+    """Layers of every stage."""
+    per_stage_head: bool = True
+    """Every stage has a head of its own beside the shared one."""
+
+
+@dataclass(frozen=True)
+class DataRecipe:
+    """Where the text comes from and how it becomes rows."""
+
+    mix: str = "frontier_v1"
+    """Name of a mix, or path of a folder or file of parquet, jsonl or text."""
+    val_fraction: float = setting(0.02, high=1)
+    """Share of the documents held out for validation."""
+    val_min_bytes: int = setting(200_000, low=1)
+    """Hold out at least this much text."""
+    max_bytes: int | None = None
+    """Stop reading after this many bytes of text."""
+    case_aug_prob: float = setting(0.15, high=1)
+    """Probability that a document is lower-cased (80 %) or upper-cased (20 %) in an epoch."""
+    tokenizer_bytes: int = 60_000_000
+    """Text the tokenizer is trained on, in bytes."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class ScheduleRecipe:
+    """When the learning rate rises and falls."""
+
+    warmup_steps: int = 1000
+    """Steps of linear warm-up."""
+    warmdown_ratio: float = setting(0.65, high=1)
+    """Share of all steps spent in the linear warm-down."""
+    final_lr_fraction: float = 0.05
+    """Learning-rate multiplier at the last step."""
+    momentum_start: float = 0.85
+    """Muon momentum at step 0."""
+    momentum_peak: float = 0.97
+    """Muon momentum after its warm-up."""
+    momentum_end: float = 0.90
+    """Muon momentum at the last step; it falls during the warm-down."""
+    momentum_warmup_steps: int = 400
+    """Steps of linear momentum warm-up."""
+
+
+@dataclass(frozen=True)
+class OptimizerRecipe:
+    """Learning rates and decays; the card's values are the defaults."""
+
+    matrix_lr: float = 0.015
+    """Muon, matrices of the blocks."""
+    embedding_lr: float = 0.3
+    """AdamW, token embeddings; value embeddings get half of it."""
+    unembedding_lr: float = 0.008
+    """AdamW, shared and stage heads."""
+    scalar_lr: float = 0.5
+    """AdamW, x0 lambdas; residual lambdas get a hundredth of it."""
+    gate_lr: float = 0.2
+    """AdamW, smear and backout."""
+    weight_decay: float = 0.28
+    """Muon's cautious decay; follows a cosine to 0 over the run."""
+    lr_scaling: bool = True
+    """Multiply every rate by sqrt(batch tokens / 2^19), embeddings and heads also by (width / 768)^-0.5."""
+    muon_beta2: float = 0.9
+    """Decay of Muon's factored second moment; 1 turns the normalisation off."""
+    muon_iteration: Literal["polar_express", "quintic"] = "polar_express"
+    """Newton-Schulz coefficients."""
+    muon_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the Newton-Schulz products."""
+
+
+@dataclass(frozen=True)
+class RanksRecipe:
+    """How several ranks share a training step; one rank alone needs none of it."""
+
+    parallel: Literal["rows", "stages"] = setting("rows", resume=True)
+    """rows: every rank holds the model and takes its part of the rows; stages: every rank owns stages (flat only)."""
+    grad_sync: Literal["every_microbatch", "last_microbatch"] = setting("every_microbatch", resume=True)
+    """every_microbatch: gradients stay sharded (ZeRO-2); last_microbatch: one exchange a step, full gradients kept."""
+    replica_dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", resume=True)
+    """Dtype of the weights that every rank computes with, auto: that of the products; sharded masters are fp32."""
+    reduce_dtype: Literal["float32", "bfloat16"] = setting("float32", resume=True)
+    """Dtype in which gradients travel and are summed across ranks."""
+
+
+@dataclass(frozen=True)
+class GuardRecipe:
+    """When a step is left out, when a run rolls back, when ranks are compared."""
+
+    spike_sigma: float = setting(6.0, resume=True)
+    """A loss or gradient norm this many standard deviations above the mean of the window is a spike; 0: none is."""
+    spike_window: int = setting(128, low=1, resume=True)
+    """Accepted steps that mean and deviation are taken over; nothing is a spike before as many were seen."""
+    max_in_a_row: int = setting(3, low=1, resume=True)
+    """Roll back after this many steps in a row were left out."""
+    max_in_window: int = setting(8, low=1, resume=True)
+    """Roll back after this many of the last ``spike_window`` steps were left out."""
+    pass_over: int = setting(4, resume=True)
+    """After a roll-back also leave out this many steps before the first one that was left out."""
+    max_rollbacks: int = setting(3, resume=True)
+    """Stop at the next roll-back after this many."""
+    compare_ranks_every: int = setting(100, resume=True)
+    """Steps between comparisons of the ranks' weights; 0: never."""
+
+
+@dataclass(frozen=True)
+class TrainingRecipe:
+    """One optimiser run."""
+
+    steps: int = setting(83_923, low=1)
+    batch_rows: int = setting(384, low=1)
+    """Rows of one optimiser step over all ranks."""
+    micro_rows: int = setting(8, low=1, resume=True)
+    """Rows of one forward and backward pass on one rank."""
+    seed: int = 0
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto measures which of the two the processor multiplies faster; weights stay fp32."""
+    compile: Literal["auto", "on", "off"] = setting("auto", resume=True)
+    """torch.compile of each block; auto: on for CUDA, off elsewhere."""
+    attention: Literal["sdpa", "flex_attention"] = "sdpa"
+    """flex_attention skips what a sliding window hides, on CUDA; sdpa masks it. It trains on CUDA alone."""
+    recompute: bool = False
+    """Keep only the states between layers and compute the rest again in the backward: less memory, 1/3 more work."""
+    checkpoint_every: int = setting(1000, low=1, resume=True)
+    """Steps between checkpoints."""
+    keep_checkpoints: int = setting(3, low=1, resume=True)
+    """Rolling checkpoints kept; released steps are kept as well."""
+    schedule: ScheduleRecipe = dataclasses.field(default_factory=ScheduleRecipe)
+    optimizer: OptimizerRecipe = dataclasses.field(default_factory=OptimizerRecipe)
+    ranks: RanksRecipe = dataclasses.field(default_factory=RanksRecipe)
+    guard: GuardRecipe = dataclasses.field(default_factory=GuardRecipe)
+
+
+@dataclass(frozen=True)
+class ReleaseRecipe:
+    """Which steps are measured and published."""
+
+    repo_id: str = setting("cognica/poe", resume=True)
+    """Name of the repository, org/name."""
+    every: int = setting(2000, low=1, resume=True)
+    """Release every this many steps, and the last one."""
+    log_steps: bool = setting(True, resume=True)
+    """Also release steps 0, 1, 2, 4 ... 512."""
+    val_max_bytes: int | None = setting(None, resume=True)
+    """Measure on this much validation text; all of it when omitted."""
+    wand_safety: float = setting(1.0, resume=True)
+    """Factor on the WAND bounds when early exits are measured."""
+    draft_length: int = setting(4, low=1, resume=True)
+    """Drafted tokens per round when speculative acceptance is measured."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole run."""
+
+    name: str = setting(resume=True)
+    model: ModelRecipe = dataclasses.field(default_factory=ModelRecipe)
+    data: DataRecipe = dataclasses.field(default_factory=DataRecipe)
+    training: TrainingRecipe = dataclasses.field(default_factory=TrainingRecipe)
+    release: ReleaseRecipe = dataclasses.field(default_factory=ReleaseRecipe)
+
+    def released_steps(self) -> list[int]:
+        """Steps to release, in order; the last step is always one."""
+        steps = self.training.steps
+        chosen = set(range(self.release.every, steps, self.release.every)) | {steps}
+        if self.release.log_steps:
+            chosen |= {step for step in LOG_STEPS if step <= steps}
+        return sorted(chosen)

@@ -1,0 +1,203 @@
+"""The model card: Markdown rendered from analysis records and the release description alone.
+
+No figure is typed by hand: rendering the same records gives the same text to the byte, so drift between a card and its
+records is a failed comparison. Text that a model wrote is escaped (``text.markdown_text``).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cognica_poe.errors import UserError
+from cognica_poe.release.card import tables as tables
+from cognica_poe.release.card.tables import Record, is_pool, stage_count
+from cognica_poe.release.text import MISSING, count, markdown_table, markdown_text, percent, visible
+
+_CITATION = """```bibtex
+@misc{jeong2026poe,
+  author    = {Jeong, Jaepil},
+  title     = {Product of Experts as Scalable Local Learning: Modular Construction at 1.3B Parameters},
+  year      = {2026},
+  doi       = {10.5281/zenodo.19547653},
+  publisher = {Zenodo},
+}
+```"""
+
+
+def render_card(records: Sequence[Record], release: Mapping[str, Any]) -> str:
+    """Markdown of the card (front matter, tables, usage).
+
+    ``records``: analysis records (JSON layout of ``AnalysisRecord``), any order, one per step; the highest step is the
+    one the card describes. ``release``: ``name``, ``repo_id`` and, where known, ``license``, ``languages``,
+    ``description``, ``config`` (the model's config.json), ``data`` (the data manifest) and ``revisions``
+    (``{step: commit sha}``). Raises UserError when there is no record, or two of one step.
+    """
+    if not records:
+        raise UserError("no analysis record to make a card from: run `cognica-poe analyze` first")
+    records = sorted(records, key=lambda record: record["step"])
+    steps = [record["step"] for record in records]
+    if len(set(steps)) != len(steps):
+        raise UserError(f"two analysis records of one step among {steps}: a card takes one record per step")
+    latest = records[-1]
+    sections = [
+        _front_matter(latest, release),
+        _introduction(latest, release),
+        _how_to_load(records, release),
+        _architecture(latest, release),
+        tables.measurements(latest),
+        tables.trajectory(records, release),
+        tables.bounds(records),
+        tables.speculation(records),
+        tables.routing(records),
+        tables.baselines(latest),
+        tables.probes(latest),
+        _data(latest, release),
+        _closing(latest),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _front_matter(record: Record, release: Mapping[str, Any]) -> str:
+    from huggingface_hub import ModelCardData
+
+    tags = ["causal-lm", "pretraining"]
+    if is_pool(record):
+        tags += ["product-of-experts", "per-stage-head", "local-learning", "early-exit", "speculative-decoding"]
+    data = ModelCardData(
+        license=release.get("license", "apache-2.0"),
+        language=release.get("languages") or None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=tags,
+    )
+    return f"---\n{data.to_yaml()}\n---"
+
+
+def _introduction(record: Record, release: Mapping[str, Any]) -> str:
+    model, stages = record["model"], stage_count(record)
+    lines = [f"# {markdown_text(release['name'])}", ""]
+    kind = "Product-of-Experts language model" if is_pool(record) else "causal language model (backprop control arm)"
+    lines.append(
+        f"A {count(model.get('parameters'))}-parameter {kind} at step {count(record['step'])} "
+        f"({count(record.get('tokens_seen'))} tokens seen)."
+    )
+    if is_pool(record):
+        lines.append(
+            f"Its trunk is cut into {stages} stages, each with its own prediction head; the pool of the heads is the "
+            "full model, and any first part of them is a cheaper model with the same weights."
+        )
+    if release.get("description"):
+        lines += ["", markdown_text(release["description"], 2000)]
+    lines += [
+        "",
+        "Everything in this card is generated from `analysis.json` and `trajectory.jsonl`; no figure is typed by hand. "
+        "Intervals are 95 % bootstrap intervals over validation documents.",
+    ]
+    return "\n".join(lines)
+
+
+def _how_to_load(records: Sequence[Record], release: Mapping[str, Any]) -> str:
+    repo, step = visible(release.get("repo_id") or release["name"]).replace("`", ""), records[-1]["step"]
+    revision = (release.get("revisions") or {}).get(step) or f"step-{step}"
+    modes = """
+A base model continues text, and expects the beginning-of-sequence token first. The tokenizer prepends it by itself;
+with `add_special_tokens=False` put `tokenizer.bos_token_id` in front yourself. The ids are the same.
+""" + (_modes(records[-1]) if is_pool(records[-1]) else "")
+    return f"""## How to load
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+repo, revision = {json.dumps(repo)}, {json.dumps(revision)}
+tokenizer = AutoTokenizer.from_pretrained(repo, revision=revision, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(repo, revision=revision, trust_remote_code=True)
+ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
+print(tokenizer.decode(model.generate(ids, max_new_tokens=32, do_sample=False)[0]))
+```
+
+Every released step is a revision `step-N`; `main` follows the latest. A branch can move, a 40-digit commit cannot: pin
+the commit (listed in `trajectory.jsonl`) where it matters. `trust_remote_code` runs the model files of this repository,
+which are the same in every revision; their sha256 are in `MANIFEST.sha256` (check with `sha256sum -c MANIFEST.sha256`).
+{modes}""".rstrip()
+
+
+def _modes(record: Record) -> str:
+    last = stage_count(record) - 1
+    calls = [
+        ("generate(ids)", "all stages pooled"),
+        (f"generate_prefix(ids, max_stages={min(2, last + 1)})", "the first stages only"),
+        (f"generate_stage(ids, stage={last})", "one head alone"),
+        ("generate_wand(ids, safety=1.0)", "exit at the first stage whose margin no later one can overturn"),
+        ("generate_speculative(ids, draft_stage=0, k_draft=4)", "a shallow stage drafts, the pool verifies"),
+        (f"generate_parallel_composition(ids, stages=(0, {last}))", "a pool of chosen stages"),
+    ]
+    width = max(len(call) for call, _ in calls)
+    lines = [f"model.{call:<{width}}  # {what}" for call, what in calls]
+    return "\n".join(["", "```python", *lines, "```"])
+
+
+_CONFIG_FIELDS = (
+    "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "max_position_embeddings", "vocab_size", "window_pattern", "rope_theta", "poe_mode", "poe_alpha",
+    "poe_stage_layers", "per_stage_head",
+)  # fmt: skip
+
+
+def _architecture(record: Record, release: Mapping[str, Any]) -> str:
+    config = release.get("config") or {}
+    rows = [("parameters", count(record["model"].get("parameters")))]
+    rows += [(f"`{name}`", markdown_text(config[name])) for name in _CONFIG_FIELDS if name in config]
+    if not config:
+        rows.append(("stage layers", markdown_text(record["model"].get("stage_layers"))))
+    return "## Architecture\n\n" + markdown_table(("field", "value"), rows)
+
+
+_SOURCE_FIELDS = {  # of the data manifest, and whether the column is text
+    "name": True, "dataset": True, "revision": True, "languages": True, "licence": True, "documents": False,
+    "bytes": False, "share_wanted": False, "share_reached": False,
+}  # fmt: skip
+
+
+def _data(record: Record, release: Mapping[str, Any]) -> str:
+    validation = record.get("validation") or {}
+    lines = ["## Data"]
+    sources = [item for item in (release.get("data") or {}).get("sources") or [] if isinstance(item, Mapping)]
+    if sources:
+        columns = [key for key in _SOURCE_FIELDS if any(item.get(key) is not None for item in sources)]
+        rows = [[_cell(key, item.get(key)) for key in columns] for item in sources]
+        align = "".join("l" if _SOURCE_FIELDS[key] else "r" for key in columns)
+        lines += ["", markdown_table([key.replace("_", " ") for key in columns], rows, align)]
+    if validation:
+        lines += [
+            "",
+            f"Validation: {count(validation.get('documents'))} documents held out whole, "
+            f"{count(validation.get('bytes'))} bytes, {count(validation.get('tokens'))} tokens; slice sha256 "
+            f"`{markdown_text(validation.get('sha256', MISSING), 64)}`.",
+        ]
+    return "\n".join(lines) if len(lines) > 1 else ""
+
+
+def _cell(key: str, value: Any) -> str:
+    if key.startswith("share"):
+        return percent(value)
+    if isinstance(value, list):
+        value = ", ".join(map(str, value))
+    return count(value) if isinstance(value, (int, float)) else markdown_text(MISSING if value is None else value)
+
+
+def _closing(record: Record) -> str:
+    versions = record.get("versions") or {}
+    made = ", ".join(f"{markdown_text(name)} {markdown_text(version)}" for name, version in sorted(versions.items()))
+    made = f"\n\nMeasured with {made}." if made else ""
+    return f"""## Limits
+
+A pretrained base model: it continues text and follows no instruction, repeats what its data says, true or not, and is
+not fit for decisions about people.{made}
+
+## Licence and citation
+
+See `LICENSE`. If you use this release, please cite the companion paper:
+
+{_CITATION}"""

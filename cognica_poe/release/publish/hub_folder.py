@@ -1,0 +1,139 @@
+"""A local Hub cache folder as a place to publish to: what ``from_pretrained(..., cache_dir=FOLDER)`` reads offline.
+
+    FOLDER/models--org--name/blobs/<sha256>                       every distinct file once
+                             snapshots/<commit>/config.json  ->   ../../blobs/<sha256>
+                             refs/step-300                        the commit, written last
+
+Identical files of all revisions share a blob. A commit id is made from the content, so the same release has the same id
+everywhere.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from cognica_poe.errors import UserError
+from cognica_poe.files import (
+    MANIFEST,
+    Manifest,
+    atomic_folder,
+    disk_errors,
+    remove_partials,
+    require_space,
+    safe_name,
+    sha256_file,
+    verify_manifest,
+    write_bytes,
+)
+from cognica_poe.release.publish.tree import Tree, content_id
+
+
+class HubFolder:
+    """One repository inside a local Hub cache folder."""
+
+    def __init__(self, folder: Path, repo_id: str) -> None:
+        self.repo_id = safe_name(repo_id, "repository id", nested=True)
+        self.base = Path(folder) / f"models--{repo_id.replace('/', '--')}"
+        self.where = f"file:{folder}"
+
+    def open(self) -> None:
+        """Make the folder, and remove what a killed process left half-written."""
+        for part in ("blobs", "refs", "snapshots"):
+            with disk_errors(self.base):
+                (self.base / part).mkdir(parents=True, exist_ok=True)
+            remove_partials(self.base / part)
+
+    def refs(self) -> dict[str, str]:
+        """``{name: commit}``. Raises UserError for a reference that names no commit."""
+        files = [file for file in sorted((self.base / "refs").glob("*")) if file.is_file()]
+        texts = {file: file.read_text(encoding="utf-8", errors="replace").strip() for file in files}
+        return {file.name: safe_name(text, f"{file}: commit") for file, text in texts.items()}
+
+    def read(self, commit: str, name: str) -> bytes:
+        """One file of a revision."""
+        try:
+            return (self.snapshot(commit) / safe_name(name, "file name")).read_bytes()
+        except FileNotFoundError as error:
+            raise UserError(f"{self.snapshot(commit) / name} is missing: publish that step again") from error
+
+    def snapshot(self, commit: str) -> Path:
+        """The folder of a revision."""
+        return self.base / "snapshots" / safe_name(commit, "revision")
+
+    def holds(self, commit: str, tree: Tree) -> bool:
+        """Whether the revision is ``tree``, undamaged."""
+        if commit != content_id(_manifest(tree)) or not self.snapshot(commit).is_dir():
+            return False
+        try:
+            verify_manifest(self.snapshot(commit))
+        except UserError:
+            return False
+        return {file.name for file in self.snapshot(commit).iterdir()} == set(tree)
+
+    def put(self, ref: str, tree: Tree) -> str:
+        """Store ``tree``, read it back, then point ``ref`` at it. Returns the commit."""
+        manifest = _manifest(tree)
+        commit, digests = content_id(manifest), Manifest.parse(manifest, f"{MANIFEST} of {ref}").digests
+        ref = safe_name(ref, "reference")
+        with disk_errors(self.base):
+            blobs = {name: self._blob(source, digests.get(name)) for name, source in tree.items()}
+            with atomic_folder(self.snapshot(commit), "release", trusted=True) as folder:
+                for name, blob in blobs.items():
+                    (folder / safe_name(name, "file name")).symlink_to(os.path.join("..", "..", "blobs", blob))
+            verify_manifest(self.snapshot(commit))
+            write_bytes(self.base / "refs" / ref, commit.encode())
+        return commit
+
+    def finish(self, ref: str, commit: str) -> None:
+        """Nothing is left to do after ``put``."""
+
+    def _blob(self, source: Path | bytes, digest: str | None) -> str:
+        """Store one file under its sha256 unless an undamaged one is there; returns that name."""
+        if isinstance(source, bytes) or digest is None:  # small: made here, or the manifest itself
+            source = source if isinstance(source, bytes) else source.read_bytes()
+        digest = digest or content_sha256(source)
+        blob = self.base / "blobs" / digest
+        if blob.is_file() and sha256_file(blob) == digest:
+            return digest
+        if isinstance(source, bytes):
+            write_bytes(blob, source)
+            return digest
+        require_space(blob, source.stat().st_size)
+        descriptor, partial = tempfile.mkstemp(dir=blob.parent, prefix=".partial-")
+        try:
+            with os.fdopen(descriptor, "wb") as out, open(source, "rb") as data:
+                shutil.copyfileobj(data, out, 1 << 20)
+                out.flush()
+                os.fsync(out.fileno())
+            os.chmod(partial, 0o644)
+            os.replace(partial, blob)
+        except BaseException:
+            Path(partial).unlink(missing_ok=True)
+            raise
+        return digest
+
+
+def resolve_revision(folder: Path, repo_id: str, revision: str = "main") -> Path:
+    """The snapshot folder of a published revision. Raises UserError listing what there is."""
+    hub = HubFolder(Path(folder), repo_id)
+    refs = hub.refs()
+    commit = refs.get(revision, revision)
+    if not hub.snapshot(commit).is_dir():
+        known = ", ".join(refs) or "none"
+        raise UserError(f"{repo_id} in {folder} has no revision {revision!r}; published there: {known}")
+    return hub.snapshot(commit)
+
+
+def content_sha256(data: bytes) -> str:
+    """Hex sha256 of bytes."""
+    import hashlib
+
+    return hashlib.sha256(data).hexdigest()
+
+
+def _manifest(tree: Tree) -> bytes:
+    source = tree[MANIFEST]
+    return source if isinstance(source, bytes) else source.read_bytes()

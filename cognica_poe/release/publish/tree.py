@@ -1,0 +1,100 @@
+"""The content of one revision as a mapping from file name to where its bytes are: a path, or bytes made on the spot."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cognica_poe.files import MANIFEST, Manifest, sha256_file
+from cognica_poe.release.card.card import render_card
+from cognica_poe.release.export import WEIGHTS, Release
+
+Tree = dict[str, Path | bytes]
+TRAJECTORY = "trajectory.jsonl"
+
+
+@dataclass(frozen=True)
+class Published:
+    """One step on a hub."""
+
+    step: int
+    commit: str
+    digests: Mapping[str, str]
+    """sha256 of every file, from the revision's manifest."""
+    record: dict[str, Any]
+
+    @property
+    def weights_sha256(self) -> str:
+        """Of ``model.safetensors``."""
+        return self.digests[WEIGHTS]
+
+    @property
+    def code(self) -> dict[str, str]:
+        """sha256 of the model code by file."""
+        return code_of(self.digests)
+
+
+def code_of(digests: Mapping[str, str]) -> dict[str, str]:
+    """The part of a manifest that is code."""
+    return {name: digest for name, digest in digests.items() if name.endswith(".py")}
+
+
+def tree_of(path: Path) -> Tree:
+    """Every file of a checked release folder."""
+    return {file.relative_to(path).as_posix(): file for file in sorted(Path(path).rglob("*")) if file.is_file()}
+
+
+def source_sha256(source: Path | bytes) -> str:
+    """Hex sha256 of a file of a tree."""
+    return hashlib.sha256(source).hexdigest() if isinstance(source, bytes) else sha256_file(source)
+
+
+def source_git_sha1(source: Path | bytes) -> str:
+    """Git's blob id of a (small) file of a tree."""
+    data = source if isinstance(source, bytes) else source.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+
+
+def content_id(manifest: bytes) -> str:
+    """40 hex digits that stand for a revision's content: sha1 of its manifest, which names every file's sha256."""
+    return hashlib.sha1(manifest, usedforsecurity=False).hexdigest()
+
+
+def trajectory_line(published: Published) -> dict[str, Any]:
+    """What one line of ``trajectory.jsonl`` says of a step."""
+    record = published.record
+    intervals, accuracy, gap = (record.get(key) or {} for key in ("intervals", "accuracy", "crossover_gap"))
+    return {
+        "step": published.step,
+        "revision": f"step-{published.step}",
+        "commit": published.commit,
+        "tokens_seen": record.get("tokens_seen"),
+        "weights_sha256": published.weights_sha256,
+        "parameters": record["model"].get("parameters"),
+        "path": record.get("path"),
+        "bpb": record["bpb"]["full"],
+        "bpb_interval": intervals.get("full"),
+        "bpb_stage": record["bpb"]["stage"],
+        "accuracy": accuracy.get("full"),
+        "crossover_gap": gap.get("value"),
+        "wand_bounds": record.get("wand_bounds"),
+        "wand_exit_fraction": (record.get("wand") or {}).get("exit_fraction"),
+        "acceptance": (record.get("speculative") or {}).get("acceptance"),
+        "validation_sha256": (record.get("validation") or {}).get("sha256"),
+    }
+
+
+def main_tree(latest: Release, steps: Sequence[Published]) -> Tree:
+    """What ``main`` holds: the latest release, with the card of all steps and ``trajectory.jsonl``."""
+    steps = sorted(steps, key=lambda published: published.step)
+    about = {**latest.about, "config": latest.config, "revisions": {item.step: item.commit for item in steps}}
+    tree = {name: source for name, source in tree_of(latest.path).items() if name not in (MANIFEST, TRAJECTORY)}
+    tree["README.md"] = render_card([item.record for item in steps], about).encode()
+    lines = [json.dumps(trajectory_line(item), ensure_ascii=False, allow_nan=False) for item in steps]
+    tree[TRAJECTORY] = ("\n".join(lines) + "\n").encode()
+    tree[MANIFEST] = Manifest("release", {name: source_sha256(source) for name, source in tree.items()}).data()
+    return tree

@@ -1,0 +1,329 @@
+"""The figures of the report: what is drawn from metrics and records, and the sentence under each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cognica_poe.release.card.tables import gap_reading, is_pool, stage_count, trained_path
+from cognica_poe.release.report import drawing as fig
+from cognica_poe.release.report.run_folder import RunFolder
+
+_LOSS_BY_STAGE = ("loss_stages", "stage_losses", "stage_loss", "losses")
+_THROUGHPUT = ("tokens_per_second", "tokens_per_s", "tok_per_s")
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One figure of the page."""
+
+    title: str
+    svg: str
+    note: str
+
+
+def series(rows: Sequence[Mapping[str, Any]], *path: str | int) -> tuple[list[float], list[float]]:
+    """``(steps, values)`` at ``path`` inside each row; rows without a finite number there are left out."""
+    xs, ys = [], []
+    for row in rows:
+        value = dig(row, *path)
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+            xs.append(row["step"])
+            ys.append(float(value))
+    return xs, ys
+
+
+def dig(row: Any, *path: str | int) -> Any:
+    """``row[path[0]][path[1]]...`` or None where something on the way is missing."""
+    for key in path:
+        if isinstance(key, str):
+            row = row.get(key) if isinstance(row, Mapping) else None
+        else:
+            row = row[key] if isinstance(row, Sequence) and not isinstance(row, str) and key < len(row) else None
+    return row
+
+
+def run_plots(run: RunFolder, prefix: str) -> list[Plot]:
+    """Every figure this run has data for; ``prefix`` makes the ids unique in the page."""
+    makers: list[Callable[[RunFolder, str], Plot | None]] = [
+        _loss, _bpb, _distance, _accuracy, _gap, _bounds, _exits, _acceptance, _throughput, _rate,
+    ]  # fmt: skip
+    return [plot for index, make in enumerate(makers) if (plot := make(run, f"{prefix}{index}"))]
+
+
+def comparison_plots(runs: Sequence[RunFolder]) -> list[Plot]:
+    """Runs beside each other, each on its own trained path."""
+    return [
+        _compare(runs, "cmp0", "Bits per byte on each run's trained path", "bits per byte", _trained_bpb, True),
+        _compare(runs, "cmp1", "Next-token accuracy, trained path", "accuracy (%)", _trained_accuracy, False),
+        _compare(runs, "cmp2", "Throughput", "tokens per second", _speed, False),
+    ]
+
+
+def _trained_bpb(run: RunFolder) -> tuple[list[float], list[float]]:
+    return series(run.records, "bpb", "full")
+
+
+def _trained_accuracy(run: RunFolder) -> tuple[list[float], list[float]]:
+    xs, ys = series(run.records, "accuracy", "full")
+    return xs, [100 * y for y in ys]
+
+
+def _speed(run: RunFolder) -> tuple[list[float], list[float]]:
+    key = _key(run.metrics, _THROUGHPUT)
+    xs, ys = series(run.metrics, key) if key else ([], [])
+    return fig.thin(xs, fig.smooth(ys))
+
+
+def _compare(runs, name, title, unit, take, logarithmic) -> Plot:
+    lines = []
+    for index, run in enumerate(runs):
+        xs, ys = take(run)
+        lines.append((run.name, xs, ys, {"color": fig.RUN_COLOURS[index % len(fig.RUN_COLOURS)]}))
+
+    def draw(axes):
+        fig.draw_lines(axes, lines)
+        fig.step_axis(axes)
+        if logarithmic:
+            fig.wide_range(axes, [y for _, _, ys, _ in lines for y in ys])
+        elif unit.startswith("tokens"):
+            _from_zero(axes, [y for _, _, ys, _ in lines for y in ys])
+
+    svg = fig.figure(name, draw, x="optimiser step", y=unit, label=title)
+    return Plot(title, svg, "One line per run.")
+
+
+def _colour(stage: int) -> str:
+    return fig.STAGE_COLOURS[stage % len(fig.STAGE_COLOURS)]
+
+
+def _stages(run: RunFolder) -> range:
+    """The stages to draw: none where one path is all there is."""
+    return range(stage_count(run.latest)) if is_pool(run.latest) else range(0)
+
+
+def _from_zero(axes: Any, values: Sequence[float]) -> None:
+    axes.set_ylim(0, 1.12 * max(values, default=1.0) or 1.0)
+
+
+def _key(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str | None:
+    return next((name for name in names if any(name in row for row in rows)), None)
+
+
+def _loss(run: RunFolder, name: str) -> Plot | None:
+    by_stage = _key(run.metrics, _LOSS_BY_STAGE)
+    if by_stage is None and any(isinstance(row.get("loss"), list) for row in run.metrics):
+        by_stage = "loss"
+    width = max((len(row[by_stage]) for row in run.metrics if isinstance(row.get(by_stage), list)), default=0)
+    if width:
+        lines = [(f"stage {k}", series(run.metrics, by_stage, k), _colour(k)) for k in range(width)]
+    else:
+        lines = [("loss", series(run.metrics, "loss"), _colour(0))]
+    if not any(xs for _, (xs, _), _ in lines):
+        return None
+
+    def draw(axes):
+        for label, (xs, ys), colour in lines:
+            axes.plot(*fig.thin(xs, ys), color=colour, linewidth=0.6, alpha=0.25)
+            axes.plot(*fig.thin(xs, fig.smooth(ys)), color=colour, linewidth=1.4, label=label)
+        fig.step_axis(axes)
+
+    svg = fig.figure(
+        name, draw, x="optimiser step", y="training loss (nats per token)", label="Training loss", legend=4
+    )
+    return Plot("Training loss by stage", svg, "Faint: every step. Strong: moving average over about 3 % of the run.")
+
+
+def _bpb(run: RunFolder, name: str) -> Plot:
+    full = series(run.records, "bpb", "full")
+    stages = [series(run.records, "bpb", "stage", k) for k in _stages(run)]
+    plain = series(run.records, "bpb", "plain") if stages else ([], [])
+    baseline = run.latest.get("baseline") or {}
+
+    def draw(axes):
+        fig.draw_lines(axes, [(f"stage {k}", *xy, {"color": _colour(k)}) for k, xy in enumerate(stages)])
+        style = {"color": fig.INK, "linewidth": 2.0, "markersize": 4}
+        fig.draw_lines(axes, [(trained_path(run.latest), *full, style)])
+        fig.draw_lines(axes, [("plain path", *plain, {"color": fig.PLAIN})] if plain[0] else [])
+        _interval(axes, run.records, ("intervals", "full"), fig.INK)
+        fig.horizontal(axes, baseline.get("xz_bpb"), "xz", ":")
+        fig.horizontal(axes, baseline.get("xz_primed_bpb"), "primed xz", "--")
+        values = [y for _, ys in (full, plain, *stages) for y in ys]
+        fig.wide_range(axes, [*values, *(v for v in baseline.values() if isinstance(v, float))])
+        fig.step_axis(axes)
+
+    svg = fig.figure(name, draw, x="optimiser step", y="bits per UTF-8 byte", label="Bits per byte by path")
+    note = "Held-out text; lower is better. Shaded: 95 % interval of the trained path. xz: general-purpose compressor."
+    return Plot("Bits per byte by path", svg, note)
+
+
+def _interval(axes: Any, records: Sequence[Mapping[str, Any]], path: tuple[str, str], colour: str) -> None:
+    xs, lows = series(records, *path, 0)
+    other, highs = series(records, *path, 1)
+    if xs and xs == other:
+        fig.band(axes, xs, lows, highs, colour)
+
+
+def _distance(run: RunFolder, name: str) -> Plot | None:
+    rows = []
+    for record in run.records:
+        full, prefix = record["bpb"].get("full"), record["bpb"].get("prefix") or []
+        if full is None:
+            continue
+        shift = {"stage": [1000 * (v - full) for v in record["bpb"]["stage"]],
+                 "prefix": [1000 * (v - full) for v in prefix]}  # fmt: skip
+        rows.append({"step": record["step"], **shift})
+    count = stage_count(run.latest)
+    if count < 2 or not rows:
+        return None
+    lines = [(f"stage {k}", *series(rows, "stage", k), {"color": _colour(k)}) for k in range(count)]
+    for k in range(1, count - 1):
+        lines.append((f"first {k + 1}", *series(rows, "prefix", k), {"color": _colour(k), "linestyle": (0, (2, 1.2))}))
+
+    def draw(axes):
+        axes.axhline(0, color=fig.INK, linewidth=1.0)
+        fig.draw_lines(axes, lines)
+        fig.step_axis(axes)
+
+    svg = fig.figure(name, draw, x="optimiser step", y="above full pool (milli-bits per byte)",
+                     label="Distance of stages and prefixes from the full pool")  # fmt: skip
+    note = (
+        "What one head alone (solid) or the pool of the first stages (dashed) loses against all stages; zero is equal."
+    )
+    return Plot("Stages and prefixes against the full pool", svg, note)
+
+
+def _accuracy(run: RunFolder, name: str) -> Plot | None:
+    if not series(run.records, "accuracy", "full")[0]:
+        return None
+    lines = []
+    for k in _stages(run):
+        lines.append((f"stage {k}", *series(run.records, "accuracy", "stage", k), {"color": _colour(k)}))
+    style = {"color": fig.INK, "linewidth": 2.0}
+    lines.append((trained_path(run.latest), *series(run.records, "accuracy", "full"), style))
+    if lines[1:]:
+        lines.append(("plain path", *series(run.records, "accuracy", "plain"), {"color": fig.PLAIN}))
+    lines = [(label, xs, [100 * y for y in ys], style) for label, xs, ys, style in lines]
+
+    def draw(axes):
+        fig.draw_lines(axes, lines)
+        fig.step_axis(axes)
+
+    svg = fig.figure(name, draw, x="optimiser step", y="next-token top-1 (%)", label="Accuracy by stage")
+    return Plot("Accuracy by stage", svg, "Share of held-out tokens whose most likely prediction is right.")
+
+
+def _gap(run: RunFolder, name: str) -> Plot | None:
+    xs, gap = series(run.records, "crossover_gap", "value")
+    if not xs or stage_count(run.latest) < 2:
+        return None
+    rows = [record for record in run.records if record["step"] in set(xs)]
+    lows, highs = (dict(zip(*series(rows, "crossover_gap", side), strict=True)) for side in ("low", "high"))
+
+    def draw(axes):
+        axes.axhline(0, color=fig.INK, linewidth=1.0)
+        down = [1000 * max(0.0, y - lows.get(x, y)) for x, y in zip(xs, gap, strict=True)]
+        up = [1000 * max(0.0, highs.get(x, y) - y) for x, y in zip(xs, gap, strict=True)]
+        axes.errorbar(
+            xs, [1000 * y for y in gap], yerr=[down, up], color=_colour(0), marker="o", markersize=3.5, capsize=3,
+            linewidth=1.2,
+        )  # fmt: skip
+        fig.step_axis(axes)
+
+    svg = fig.figure(name, draw, x="optimiser step", y="gap (milli-bits per byte)", label="Crossover gap", legend=0)
+    note = (
+        "Full pool minus deepest stage, with its paired 95 % interval. "
+        f"At step {run.latest['step']:,}: {gap_reading(run.latest)}."
+    )
+    return Plot("Crossover gap", svg, note)
+
+
+def _bounds(run: RunFolder, name: str) -> Plot | None:
+    width = len(run.latest.get("wand_bounds") or [])
+    if not width:
+        return None
+    lines = [
+        (f"stage {k} to {k + 1}", *series(run.records, "wand_bounds", k), {"color": _colour(k)}) for k in range(width)
+    ]
+
+    def draw(axes):
+        fig.draw_lines(axes, lines)
+        _from_zero(axes, [y for _, _, ys, _ in lines for y in ys])
+        fig.step_axis(axes)
+
+    svg = fig.figure(name, draw, x="optimiser step", y="p99 bound (nats)", label="WAND bounds")
+    return Plot("WAND bounds", svg, "99th percentile of how far the next stage moves the pooled log-probabilities.")
+
+
+def _exits(run: RunFolder, name: str) -> Plot | None:
+    rows = [record for record in run.records if dig(record, "wand", "exit_fraction")]
+    if not rows or stage_count(run.latest) < 2:
+        return None
+
+    def draw(axes):
+        places, floor = range(len(rows)), [0.0] * len(rows)
+        for k in range(stage_count(run.latest)):
+            parts = [100 * (dig(row, "wand", "exit_fraction", k) or 0.0) for row in rows]
+            axes.bar(places, parts, bottom=floor, width=0.8, color=_colour(k), label=f"stage {k}")
+            floor = [low + part for low, part in zip(floor, parts, strict=True)]
+        every = -(-len(rows) // 6)
+        axes.set_xticks(list(places)[::every], [f"{row['step']:,}" for row in rows][::every])
+        axes.set_ylim(0, 100)
+
+    svg = fig.figure(name, draw, x="optimiser step", y="tokens that leave here (%)", label="WAND exits", legend=4)
+    agreement = dig(run.latest, "wand", "agreement")
+    note = "Where tokens stop at the measured bounds."
+    if isinstance(agreement, (int, float)):
+        note += f" At the last step {100 * agreement:.2f} % of tokens are the full pool's."
+    return Plot("WAND exit stage", svg, note)
+
+
+def _acceptance(run: RunFolder, name: str) -> Plot | None:
+    xs, ys = series(run.records, "speculative", "acceptance")
+    if not xs or not is_pool(run.latest):
+        return None
+
+    def draw(axes):
+        fig.draw_lines(axes, [("acceptance", xs, [100 * y for y in ys], {"color": _colour(0)})])
+        lows, highs = (series(run.records, "speculative", side) for side in ("low", "high"))
+        if xs == lows[0] == highs[0]:
+            fig.band(axes, xs, [100 * y for y in lows[1]], [100 * y for y in highs[1]], _colour(0))
+        axes.set_ylim(0, 103)
+        fig.step_axis(axes)
+
+    svg = fig.figure(name, draw, x="optimiser step", y="accepted drafts (%)", label="Acceptance", legend=0)
+    proposed = dig(run.latest, "speculative", "proposed")
+    note = "Self-speculative decoding, accepted over proposed tokens" + (
+        f" ({proposed:,} at the last step)." if proposed else "."
+    )
+    return Plot("Speculative acceptance", svg, note)
+
+
+def _throughput(run: RunFolder, name: str) -> Plot | None:
+    xs, ys = _speed(run)
+    if not xs:
+        return None
+
+    def draw(axes):
+        axes.plot(xs, ys, color=_colour(0), linewidth=1.4)
+        _from_zero(axes, ys)
+        fig.step_axis(axes)
+
+    svg = fig.figure(name, draw, x="optimiser step", y="tokens per second", label="Throughput", legend=0)
+    return Plot("Training throughput", svg, "Moving average.")
+
+
+def _rate(run: RunFolder, name: str) -> Plot | None:
+    xs, ys = series(run.metrics, "lr_scale")
+    if not xs:
+        return None
+
+    def draw(axes):
+        axes.plot(*fig.thin(xs, ys), color=_colour(0), linewidth=1.4)
+        _from_zero(axes, ys)
+        fig.step_axis(axes)
+
+    svg = fig.figure(name, draw, x="optimiser step", y="learning-rate scale", label="Learning-rate scale", legend=0)
+    return Plot("Learning-rate schedule", svg, "Warm-up, constant, warm-down: factor on every group's rate.")

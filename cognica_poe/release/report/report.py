@@ -1,0 +1,255 @@
+"""The trajectory report: one self-contained HTML file of plots and tables made from run folders.
+
+No script, no outside resource; every figure comes from ``metrics.jsonl``, ``analysis/step-N.json``, ``recipe.json`` and
+the data manifest of the runs. Model outputs are escaped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cognica_poe.errors import UserError
+from cognica_poe.files import write_bytes
+from cognica_poe.release.card.tables import bpb_rows, is_pool, stage_count, trained_path
+from cognica_poe.release.report import page
+from cognica_poe.release.report.plots import comparison_plots, dig, run_plots
+from cognica_poe.release.report.run_folder import RunFolder, read_run
+from cognica_poe.release.text import MISSING, count, html_text, interval, number, percent, signed
+
+
+def write_report(runs: Sequence[Path], out: Path) -> Path:
+    """Write the report of one or several runs and return the HTML file.
+
+    ``out``: the file (``*.html``) or the folder that gets ``index.html``. The same run folders give the same bytes.
+    Raises UserError for a missing run folder or a run without analysis records.
+    """
+    if not runs:
+        raise UserError("no run to report on: pass at least one run folder")
+    loaded = [read_run(path) for path in runs]
+    out = Path(out)
+    file = out if out.suffix == ".html" else out / "index.html"
+    write_bytes(file, render_report(loaded).encode())
+    return file
+
+
+def render_report(runs: Sequence[RunFolder]) -> str:
+    """The whole page."""
+    title = " and ".join(run.name for run in runs) if len(runs) < 4 else f"{runs[0].name} and {len(runs) - 1} more runs"
+    names = [run.name for run in runs]
+    body = [page.header(title, _subtitle(runs)), '<div class="tiles">', *(_tiles(run, len(runs) > 1) for run in runs)]
+    body.append("</div>")
+    if len(runs) > 1:
+        body += [page.section("Comparison", page.plots(comparison_plots(runs)) + _comparison_table(runs), "comparison")]
+    for index, run in enumerate(runs):
+        name = run.name if names.count(run.name) == 1 else f"{run.name} ({run.path})"
+        body.append(_run_section(run, name, f"r{index}-"))
+    body.append(page.section("What the figures are", page.GLOSSARY, "glossary"))
+    return page.document(title, "\n".join(body))
+
+
+def _subtitle(runs: Sequence[RunFolder]) -> str:
+    total = sum(len(run.records) for run in runs)
+    return f"Trajectory report: {len(runs)} run{'s' * (len(runs) > 1)}, {total} analysed checkpoints."
+
+
+def _tiles(run: RunFolder, named: bool) -> str:
+    record = run.latest
+    bounds = interval(dig(record, "intervals", "full"), 3)
+    tiles = [
+        ("bits per byte", number(record["bpb"]["full"], 3), f"{trained_path(record)}, 95 % {bounds}"),
+        ("xz -9e", number(dig(record, "baseline", "xz_bpb"), 3), "bits per byte of the same text"),
+        ("primed xz", number(dig(record, "baseline", "xz_primed_bpb"), 3), "xz that has read the training text"),
+        ("accuracy", percent(dig(record, "accuracy", "full")), "next token, top-1"),
+        ("step", count(record["step"]), f"{count(record.get('tokens_seen'))} tokens seen"),
+        (
+            "parameters",
+            count(dig(record, "model", "parameters")),
+            f"{stage_count(record)} stages" if is_pool(record) else "trained end to end",
+        ),
+    ]
+    if is_pool(record):
+        tiles.append(
+            ("drafts accepted", percent(dig(record, "speculative", "acceptance")), "self-speculative decoding")
+        )
+    return page.tiles(run.name if named else "", tiles)
+
+
+def _comparison_table(runs: Sequence[RunFolder]) -> str:
+    rows = []
+    for run in runs:
+        record = run.latest
+        rows.append(
+            [html_text(run.name), trained_path(record), count(record["step"]),
+             count(record.get("tokens_seen")), count(dig(record, "model", "parameters")), number(record["bpb"]["full"]),
+             interval(dig(record, "intervals", "full")), percent(dig(record, "accuracy", "full"), 2)]
+        )  # fmt: skip
+    header = ("run", "path", "step", "tokens", "parameters", "bits per byte", "95 % interval", "accuracy")
+    return page.table(header, rows, "At the last analysed step", text_columns=2)
+
+
+def _run_section(run: RunFolder, name: str, prefix: str) -> str:
+    parts = []
+    if run.recipe.get("description"):
+        parts.append(f"<p>{html_text(run.recipe['description'], 1000)}</p>")
+    if run.unreadable_lines:
+        lines = f"{run.unreadable_lines} unreadable line{'s' * (run.unreadable_lines > 1)}"
+        parts.append(f'<p class="warn">The logs hold {lines}, left out here.</p>')
+    parts += [
+        page.plots(run_plots(run, prefix)),
+        _paths_table(run),
+        _records_table(run),
+        _early_exit_table(run),
+        page.subsection("Probe prompts", _probes(run)),
+        page.subsection("Load a revision", _loading(run)),
+        _data_table(run.data),
+        _recipe_table(run.recipe),
+        _events_table(run.events),
+    ]
+    return page.section(name, "\n".join(part for part in parts if part), f"{prefix}run")
+
+
+def _paths_table(run: RunFolder) -> str:
+    rows = [(path, number(bpb), interval(bounds), percent(accuracy, 2))
+            for path, bpb, bounds, accuracy in bpb_rows(run.latest)]  # fmt: skip
+    header = ("path", "bits per byte", "95 % interval", "accuracy")
+    return page.table(header, rows, f"Every path at step {count(run.latest['step'])}")
+
+
+def _records_table(run: RunFolder) -> str:
+    pool, stages = is_pool(run.latest), stage_count(run.latest)
+    header = ["step", "tokens", "bits per byte", "95 % interval", "change", "accuracy"]
+    header += [*(f"stage {k}" for k in range(stages)), "plain", "gap (milli)"] if pool else []
+    rows = []
+    for record in run.records:
+        bpb, delta = record["bpb"], record.get("delta") or {}
+        change = MISSING
+        if delta:
+            kind = "signal" if delta.get("signal") else "noise"
+            change = f'{signed(delta.get("full"))} <span class="{kind}">{kind}</span>'
+        gap = dig(record, "crossover_gap", "value")
+        row = [count(record["step"]), count(record.get("tokens_seen")), number(bpb["full"])]
+        row += [interval(dig(record, "intervals", "full")), change, percent(dig(record, "accuracy", "full"), 2)]
+        if pool:
+            row += [*(number(value) for value in bpb["stage"]), number(bpb.get("plain"))]
+            row.append(signed(gap * 1000 if isinstance(gap, (int, float)) else None, 2))
+        rows.append(row)
+    return page.table(header, rows, "All records", text_columns=0)
+
+
+def _early_exit_table(run: RunFolder) -> str:
+    width = len(run.latest.get("wand_bounds") or [])
+    if not width:
+        return ""
+    header = ["step", *(f"bound {k} to {k + 1}" for k in range(width)), *(f"exit {k}" for k in range(width + 1))]
+    header += ["agreement", "acceptance", "accepted / proposed", "routed"]
+    rows = []
+    for record in run.records:
+        row = [count(record["step"]), *(number(dig(record, "wand_bounds", k)) for k in range(width))]
+        row += [percent(dig(record, "wand", "exit_fraction", k)) for k in range(width + 1)]
+        row += [percent(dig(record, "wand", "agreement"), 2), percent(dig(record, "speculative", "acceptance"), 2)]
+        accepted, proposed = (dig(record, "speculative", key) for key in ("accepted", "proposed"))
+        rows.append([*row, f"{count(accepted)} / {count(proposed)}", percent(dig(record, "routing", "fraction"))])
+    return page.table(header, rows, "Early exit and self-speculation", text_columns=0)
+
+
+def _probes(run: RunFolder) -> str:
+    by_prompt: dict[str, list[tuple[int, Mapping[str, Any]]]] = {}
+    for record in run.records:
+        for probe in record.get("probes") or []:
+            by_prompt.setdefault(str(probe.get("prompt")), []).append((record["step"], probe))
+    blocks = []
+    for prompt, probes in by_prompt.items():
+        rows = []
+        for step, probe in probes:
+            kind, word = ("signal", "yes") if probe.get("correct") else ("noise", "no")
+            text = html_text(probe.get("continuation", ""), 300)
+            rows.append((count(step), f'<span class="{kind}">{word}</span>', text))
+        right = sum(bool(probe.get("correct")) for _, probe in probes)
+        expected = html_text(probes[-1][1].get("expected", ""), 60)
+        summary = f"{html_text(prompt)} <em>expected: {expected}; right at {right} of {len(rows)} steps</em>"
+        body = page.table(("step", "right", "greedy continuation"), rows, "", text_columns=0, last_is_text=True)
+        blocks.append(page.fold(summary, body, is_open=not blocks))
+    return "\n".join(blocks)
+
+
+def _shown_path(path: Path) -> str:
+    """A path a reader can use: relative to where the report was made where possible, else the folder's name."""
+    if not path.is_absolute():
+        return path.as_posix()
+    return path.relative_to(Path.cwd()).as_posix() if path.is_relative_to(Path.cwd()) else path.name
+
+
+def _loading(run: RunFolder) -> str:
+    folder = _shown_path(run.path)
+    if not run.revisions:
+        step = run.latest["step"]
+        code = f"""from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "{folder}/release/step-{step}"
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)"""
+        return page.code(code)
+    blocks = []
+    for repo, refs in run.revisions.items():
+        steps = sorted((name for name in refs if name.startswith("step-")), key=lambda name: int(name[5:]))
+        code = f"""from transformers import AutoModelForCausalLM, AutoTokenizer
+
+where = dict(revision="{steps[-1] if steps else "main"}", cache_dir="{folder}/release/hub", local_files_only=True)
+tokenizer = AutoTokenizer.from_pretrained("{repo}", trust_remote_code=True, **where)
+model = AutoModelForCausalLM.from_pretrained("{repo}", trust_remote_code=True, **where)"""
+        rows = [(html_text(name), f"<code>{html_text(refs[name])}</code>") for name in [*steps, "main"] if name in refs]
+        blocks += [page.code(code), page.table(("revision", "commit"), rows, "Published revisions", last_is_text=True)]
+    return "\n".join(blocks)
+
+
+def _data_table(manifest: Mapping[str, Any]) -> str:
+    sources = [item for item in manifest.get("sources") or [] if isinstance(item, Mapping)]
+    if not sources:
+        return ""
+    columns = [key for key, value in sources[0].items() if isinstance(value, (str, int, float)) or value is None]
+    columns = [key for key in columns if any(item.get(key) not in (None, "") for item in sources)][:9]
+    rows = [[_plain(key, item.get(key)) for key in columns] for item in sources]
+    return page.table([html_text(key.replace("_", " "), 40) for key in columns], rows, "Training data by source")
+
+
+def _plain(key: str, value: Any) -> str:
+    if isinstance(value, float) and (key.endswith("share") or key.startswith("share")):
+        return percent(value)
+    if isinstance(value, int):
+        return count(value)
+    return number(value) if isinstance(value, float) else html_text(MISSING if value is None else value, 80)
+
+
+def _recipe_table(recipe: Mapping[str, Any]) -> str:
+    rows = list(_flat(recipe))
+    if not rows:
+        return ""
+    body = page.table(
+        ("setting", "value"), [(f"<code>{html_text(key)}</code>", html_text(value)) for key, value in rows]
+    )
+    return page.fold("Recipe", body)
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, item in value.items():
+        if isinstance(item, Mapping):
+            yield from _flat(item, f"{prefix}{key}.")
+        elif item is not None and key != "description":
+            yield f"{prefix}{key}", item
+
+
+def _events_table(events: Sequence[Mapping[str, Any]]) -> str:
+    if not events:
+        return ""
+    shown = events[-30:]
+    rows = []
+    for event in shown:
+        kind = event.get("event") or event.get("kind") or event.get("type") or MISSING
+        rest = {key: value for key, value in event.items() if key not in ("step", "event", "kind", "type")}
+        detail = ", ".join(f"{key} {value}" for key, value in rest.items())
+        rows.append((count(event.get("step")), html_text(kind, 60), html_text(detail, 300)))
+    left = f" (the last {len(shown)} of {len(events)})" if len(shown) < len(events) else ""
+    body = page.table(("step", "event", "detail"), rows, "", text_columns=0, last_is_text=True)
+    return page.fold(f"Events{left}", body)

@@ -1,0 +1,174 @@
+import hashlib
+import json
+
+import pytest
+import torch
+
+from cognica_poe.analysis.analyzer import analyze, validation_slice, weights_sha256
+from cognica_poe.analysis.record import read_record
+from cognica_poe.errors import UserError
+from tests.analysis.helpers import ByteTokenizer, make_texts
+from tests.conftest import make_model
+
+OPTIONS = {"step": 10, "tokens_seen": 640, "name": "tiny", "prompts": 3, "new_tokens": 6, "probe_tokens": 4}
+
+
+@pytest.fixture
+def data_dir(tmp_path):
+    from cognica_poe.data.build import build
+
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for index, text in enumerate(make_texts(60, longest=90)):
+        (folder / f"{index}.txt").write_text(f"text {index} {text} end of it")
+    build(str(folder), tmp_path / "data", val_fraction=0.4, val_min_bytes=100, seed=0)
+    return tmp_path / "data"
+
+
+def small_model(**changes):
+    return make_model(dtype=torch.float32, max_position_embeddings=128, **changes)
+
+
+def test_record_of_a_pool(data_dir, tmp_path):
+    model, lines = small_model(), []
+    record = analyze(
+        model, ByteTokenizer(), data_dir, baseline={"xz_bpb": 2.0, "xz_primed_bpb": 1.5}, log=lines.append, **OPTIONS
+    )
+    assert record.path == "pool" and len(record.bpb.stage) == 3 and len(record.wand_bounds) == 2
+    assert record.bpb.prefix[-1] == record.bpb.full and record.bpb.prefix[0] == record.bpb.stage[0]
+    assert record.bpb.full <= record.bpb.mean_stage  # CE of the pool = mean CE + log Z, log Z <= 0
+    assert record.intervals.full[0] < record.bpb.full < record.intervals.full[1]
+    assert record.crossover_gap.low <= record.crossover_gap.value <= record.crossover_gap.high
+    assert record.validation.unit == "document" and not record.validation.sampled
+    assert record.speculative.prompts == 3 and record.speculative.proposed > 0
+    assert len(record.probes) == 7 and record.routing.positions == record.validation.tokens
+    assert record.model.parameters == sum(p.numel() for p in model.parameters())
+    assert record.baseline.xz_primed_bpb == 1.5 and record.delta is None
+    assert any("bits per byte" in line for line in lines)
+    again = read_record(record.write(tmp_path / "analysis"))
+    assert again.model_dump() == record.model_dump()
+
+
+def test_heads_of_a_pool(data_dir):
+    record = analyze(small_model(), ByteTokenizer(), data_dir, head_documents=3, **OPTIONS)
+    assert len(record.heads.alignment) == 3 and record.heads.unique_share[0] == 1.0
+    assert [(change.stage, change.beta) for change in record.heads.perturbations][:4] == [
+        (0, 0),
+        (1, 0),
+        (2, 0),
+        (None, 0),
+    ]
+    assert analyze(small_model(per_stage_head=False), ByteTokenizer(), data_dir, **OPTIONS).heads is None
+
+
+def test_same_seed_same_record(data_dir):
+    first, second = (analyze(small_model(), ByteTokenizer(), data_dir, **OPTIONS).model_dump() for _ in range(2))
+    assert first | {"seconds": 0} == second | {"seconds": 0}
+
+
+@pytest.mark.parametrize("changes", [{"poe_mode": "none"}, {"poe_mode": "none", "poe_stage_layers": [5]}])
+def test_record_of_the_plain_path(data_dir, changes):
+    record = analyze(small_model(**changes), ByteTokenizer(), data_dir, **OPTIONS)
+    assert record.path == "plain"
+    assert record.bpb.stage == record.bpb.prefix == [record.bpb.full] == [record.bpb.plain]
+    assert (record.wand_bounds, record.wand.exit_fraction, record.routing) == ([], [1.0], None)
+    assert record.speculative.acceptance is None and record.speculative.proposed == 0
+    assert (record.crossover_gap.value, record.crossover_gap.low, record.crossover_gap.high) == (0.0, 0.0, 0.0)
+
+
+def test_record_of_one_stage(data_dir):
+    record = analyze(small_model(poe_stage_layers=[5]), ByteTokenizer(), data_dir, **OPTIONS)
+    assert record.path == "pool" and record.bpb.stage == [record.bpb.full] and record.bpb.plain != record.bpb.full
+    assert record.wand_bounds == [] and record.speculative.acceptance is None
+
+
+def test_delta_is_paired_with_the_previous_record(data_dir, tmp_path):
+    tokenizer = ByteTokenizer()
+    model = small_model()
+    first = read_record(analyze(model, tokenizer, data_dir, **OPTIONS).write(tmp_path))
+    same = analyze(model, tokenizer, data_dir, previous=first, **{**OPTIONS, "step": 20})
+    assert same.delta.full == same.delta.low == same.delta.high == 0.0
+    assert not same.delta.signal and same.delta.previous_step == 10
+    with torch.no_grad():
+        model.lm_head.weight.mul_(4.0)  # a much worse model
+    worse = analyze(model, tokenizer, data_dir, previous=first, **{**OPTIONS, "step": 20})
+    assert worse.delta.full == pytest.approx(worse.bpb.full - first.bpb.full)
+    assert worse.delta.signal and worse.delta.low > 0
+    other, lines = analyze(model, tokenizer, data_dir, val_max_bytes=300, **OPTIONS), []
+    assert analyze(model, tokenizer, data_dir, previous=other, log=lines.append, **OPTIONS).delta is None
+    assert any("another slice" in line for line in lines)
+    first._documents = None
+    assert analyze(model, tokenizer, data_dir, previous=first, **OPTIONS).delta is None
+
+
+def test_diverged_weights_give_no_record(data_dir):
+    model = small_model()
+    with torch.no_grad():
+        model.lm_head.weight[3, 3] = torch.nan
+    with pytest.raises(ValueError, match="diverged"):
+        analyze(model, ByteTokenizer(), data_dir, **OPTIONS)
+
+
+def test_slice_takes_everything_that_fits():
+    texts = [f"document {index} é" for index in range(20)]
+    part = validation_slice([*texts, ""], max_bytes=1_000_000)
+    assert part == validation_slice(texts) and part.texts == texts
+    assert (part.unit, part.sampled, part.bytes) == ("document", False, sum(len(text.encode()) for text in texts))
+    assert part.sha256 != validation_slice(texts[::-1]).sha256
+
+
+def test_slice_samples_by_hash_and_cuts_long_documents():
+    texts = [f"{index} é" * (3 + index % 700) for index in range(400)]
+    part = validation_slice(texts, max_bytes=100_000)
+    hashed = sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())
+    expected, left = [], 100_000
+    for text in hashed:
+        data = text.encode()[: min(100_000 // 32, left)]
+        if left > 0:
+            expected.append(data.decode(errors="ignore"))
+            left -= len(data)
+    assert part.texts == [text for text in expected if text] and part.sampled
+    assert 99_800 <= part.bytes <= 100_000
+    assert validation_slice(reversed(texts), max_bytes=100_000) == part  # the order of the shards does not matter
+
+
+def test_few_documents_are_cut_into_pieces():
+    text = "".join(f"line {index}\n" for index in range(500))
+    part = validation_slice([text])
+    assert part.unit == "piece" and 8 <= len(part.texts) <= 20 and "".join(part.texts) == text
+    assert all(piece.endswith("\n") for piece in part.texts)
+    assert "".join(validation_slice(["x" * 1000]).texts) == "x" * 1000
+
+
+def test_no_validation_text_is_a_users_mistake():
+    with pytest.raises(UserError, match="no document"):
+        validation_slice([""])
+    with pytest.raises(UserError, match="single short document"):
+        validation_slice(["x"])
+
+
+def test_weights_hash_sees_every_bit():
+    model = small_model()
+    before = weights_sha256(model)
+    assert weights_sha256(small_model()) == before
+    with torch.no_grad():
+        model.smear_lambda.add_(1e-6)
+    assert weights_sha256(model) != before
+    assert weights_sha256(small_model().to(torch.bfloat16)) != before
+
+
+def test_baseline_of_xz_is_stored_and_a_mismatch_is_said(data_dir):
+    from cognica_poe.analysis.baseline import baseline_for
+
+    lines, baseline = [], baseline_for(data_dir)
+    record = analyze(small_model(), ByteTokenizer(), data_dir, baseline=baseline, log=lines.append, **OPTIONS)
+    assert record.baseline.model_dump() == baseline and baseline["val_bytes"] == record.validation.bytes
+    assert not any("stands for" in line for line in lines)
+    options = {"baseline": baseline, "val_max_bytes": 300, "log": lines.append, **OPTIONS}
+    assert analyze(small_model(), ByteTokenizer(), data_dir, **options).validation.bytes <= 300
+    assert any("stands for" in line for line in lines)
+
+
+def test_figures_are_json(data_dir):
+    record = analyze(small_model(), ByteTokenizer(), data_dir, **OPTIONS)
+    assert json.loads(record.model_dump_json()) == record.model_dump(mode="json")

@@ -1,0 +1,103 @@
+import numpy as np
+import pytest
+
+from cognica_poe.analysis.bootstrap import Bootstrap, Interval
+
+
+def slow_bootstrap(statistic, documents, resamples, seed, confidence=0.95):
+    """The obvious bootstrap: draw whole documents one by one, recompute the statistic."""
+    generator = np.random.default_rng(seed)
+    values = []
+    for _ in range(resamples):
+        drawn = [int(generator.integers(documents)) for _ in range(documents)]
+        values.append(statistic(drawn))
+    values.sort()
+    tail = (1 - confidence) / 2
+    return values[int(tail * resamples)], values[int((1 - tail) * resamples) - 1]
+
+
+@pytest.fixture(scope="module")
+def sums():
+    generator = np.random.default_rng(3)
+    count = generator.integers(20, 400, size=40).astype(float)
+    return count * generator.normal(3.0, 0.5, size=40), count
+
+
+def test_ratio_interval_matches_drawing_documents_one_by_one(sums):
+    nats, count = sums
+    fast = Bootstrap(40, resamples=4000, seed=1).ratio(nats, count, scale=2.0)
+    low, high = slow_bootstrap(lambda drawn: 2.0 * nats[drawn].sum() / count[drawn].sum(), 40, 4000, seed=2)
+    width = high - low
+    assert fast.value == pytest.approx(2.0 * nats.sum() / count.sum(), rel=1e-12)
+    assert fast.low == pytest.approx(low, abs=0.06 * width)
+    assert fast.high == pytest.approx(high, abs=0.06 * width)
+
+
+def test_difference_is_paired(sums):
+    nats, count = sums
+    better = nats - 0.01 * count  # a constant shift per token: the unpaired spread is much larger than 0.01
+    bootstrap = Bootstrap(40, seed=1)
+    difference = bootstrap.difference(better, count, nats, count)
+    assert difference.value == pytest.approx(-0.01)
+    assert (difference.low, difference.high) == pytest.approx((-0.01, -0.01), abs=1e-9)
+    assert difference.signal
+    unpaired = bootstrap.ratio(nats, count)
+    assert unpaired.high - unpaired.low > 0.1
+
+
+def test_difference_matches_drawing_documents_one_by_one(sums):
+    nats, count = sums
+    other = nats + np.random.default_rng(9).normal(0, 20, size=40)
+    fast = Bootstrap(40, resamples=4000, seed=4).difference(nats, count, other, count)
+    low, high = slow_bootstrap(lambda drawn: (nats - other)[drawn].sum() / count[drawn].sum(), 40, 4000, seed=5)
+    assert fast.low == pytest.approx(low, abs=0.06 * (high - low))
+    assert fast.high == pytest.approx(high, abs=0.06 * (high - low))
+
+
+def test_coverage_is_close_to_nominal():
+    generator = np.random.default_rng(0)
+    hits = 0
+    for trial in range(200):
+        count = generator.integers(50, 150, size=60).astype(float)
+        interval = Bootstrap(60, resamples=400, seed=trial).ratio(count * generator.normal(1.0, 0.3, 60), count)
+        hits += interval.low <= 1.0 <= interval.high
+    assert 0.88 <= hits / 200 <= 0.99
+
+
+def test_seed_fixes_the_result_and_blocks_do_not_matter(sums, monkeypatch):
+    nats, count = sums
+    first = Bootstrap(40, seed=7).ratio(nats, count)
+    assert Bootstrap(40, seed=7).ratio(nats, count) == first
+    assert Bootstrap(40, seed=8).ratio(nats, count) != first
+    monkeypatch.setattr("cognica_poe.analysis.bootstrap._BLOCK_BYTES", 8 * 40 * 3)  # 3 resamples at a time
+    by_threes = Bootstrap(40, seed=7).ratio(nats, count)
+    # The same draws; the matrix product may add them in another order when it gets fewer rows.
+    assert (by_threes.low, by_threes.high) == pytest.approx((first.low, first.high), rel=1e-12)
+
+
+def test_ratios_equal_single_ratios(sums):
+    nats, count = sums
+    bootstrap = Bootstrap(40, seed=7)
+    assert bootstrap.ratios(np.stack([nats, 2 * nats]), count)[0] == bootstrap.ratio(nats, count)
+    assert bootstrap.ratios(np.stack([nats, 2 * nats]), count)[1].value == pytest.approx(2 * nats.sum() / count.sum())
+
+
+def test_signal_excludes_zero():
+    assert Interval(1.0, 0.1, 2.0).signal and Interval(-1.0, -2.0, -0.1).signal
+    assert not Interval(0.5, -0.1, 1.0).signal and not Interval(0.0, 0.0, 0.0).signal
+
+
+def test_documents_without_trials_are_tolerated():
+    interval = Bootstrap(2, seed=0).ratio([0.0, 3.0], [0.0, 4.0])
+    assert interval.value == 0.75 and interval.low == interval.high == 0.75
+
+
+def test_bad_input_is_refused():
+    with pytest.raises(ValueError, match="at least 2"):
+        Bootstrap(1)
+    with pytest.raises(ValueError, match="confidence"):
+        Bootstrap(3, confidence=1.0)
+    with pytest.raises(ValueError, match=r"\[3, M\]"):
+        Bootstrap(3).ratio([1.0, 2.0], [1.0, 2.0])
+    with pytest.raises(ValueError, match="zero in every"):
+        Bootstrap(2).ratio([0.0, 0.0], [0.0, 0.0])

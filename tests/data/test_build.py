@@ -1,0 +1,394 @@
+import json
+import random
+import shutil
+from collections import Counter
+
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cognica_poe.data.build import build, load_manifest, read_documents
+from cognica_poe.data.split import NearDuplicates, choose_validation
+from cognica_poe.errors import UserError
+from cognica_poe.files import sha256_file, verify_manifest
+from tests.data.conftest import made_up_text, write_parquet
+
+
+def texts(count, words=40, seed=0):
+    rng = random.Random(seed)
+    return [made_up_text(rng, words) for _ in range(count)]
+
+
+def small(source, out, **changes):
+    return build(source, out, **{"val_fraction": 0.1, "val_min_bytes": 100, **changes})
+
+
+def origins(folder, split):
+    return [document.origin for document in read_documents(folder, split)]
+
+
+def test_manifest_accounts_for_everything(corpus, data_dir):
+    manifest = load_manifest(data_dir)
+    verify_manifest(data_dir)
+    given_rows = pq.read_table(corpus / "all.parquet").to_pylist()
+    assert manifest.documents == len(given_rows) == 120
+    assert manifest.bytes == sum(len(row["text"].encode()) for row in given_rows)
+    for split in ("train", "val"):
+        documents = list(read_documents(data_dir, split))
+        assert manifest.splits[split].documents == len(documents)
+        assert manifest.splits[split].bytes == sum(len(d.text.encode()) for d in documents)
+    for shard in manifest.shards:
+        assert shard.sha256 == sha256_file(data_dir / shard.file)
+    assert {s.name for s in manifest.sources} == {"tales", "notes"}
+    assert sum(s.share_reached for s in manifest.sources) == pytest.approx(1, abs=1e-5)
+    assert sum(s.val_bytes for s in manifest.sources) == manifest.splits["val"].bytes
+    assert sum(s.documents for s in manifest.sources) == manifest.documents
+    table = pq.read_table(data_dir / "train-00000.parquet")
+    assert table.schema.names == ["text", "source", "language", "origin"]
+    assert sorted(p.name for p in data_dir.iterdir()) == [
+        "MANIFEST.sha256",
+        "manifest.json",
+        "train-00000.parquet",
+        "val-00000.parquet",
+    ]
+
+
+def test_every_document_lands_on_one_side_unchanged(corpus, data_dir):
+    rows = {row["origin"]: row["text"] for row in pq.read_table(corpus / "all.parquet").to_pylist()}
+    found = {d.origin: d.text for split in ("train", "val") for d in read_documents(data_dir, split)}
+    assert found == rows
+    assert not set(origins(data_dir, "train")) & set(origins(data_dir, "val"))
+
+
+def test_validation_has_the_share_of_every_source(data_dir):
+    manifest = load_manifest(data_dir)
+    assert 0.07 < manifest.splits["val"].bytes / manifest.bytes < 0.13
+    for source in manifest.sources:
+        assert 0.05 < source.val_bytes / source.bytes < 0.15
+
+
+def test_building_is_deterministic_and_the_seed_matters(corpus, data_dir, tmp_path):
+    again = build(corpus, tmp_path / "again", val_fraction=0.1, val_min_bytes=2000, seed=3)
+    assert again == load_manifest(data_dir)
+    other = build(corpus, tmp_path / "other", val_fraction=0.1, val_min_bytes=2000, seed=4)
+    assert other.sha256 != again.sha256
+    assert set(origins(tmp_path / "other", "val")) != set(origins(data_dir, "val"))
+
+
+def test_a_built_folder_can_be_built_from(data_dir, tmp_path):
+    small(data_dir, tmp_path / "copy")
+    assert set(origins(tmp_path / "copy", "val")) == set(origins(data_dir, "val"))
+    assert set(origins(tmp_path / "copy", "train")) == set(origins(data_dir, "train"))
+
+
+def test_python_docs_keeps_both_halves_of_a_file_together(tmp_path):
+    manifest = build("python-docs", tmp_path / "data")
+    sides = {
+        split: {o.removesuffix("#docstrings") for o in origins(tmp_path / "data", split)} for split in ("train", "val")
+    }
+    assert not sides["train"] & sides["val"]
+    assert 150_000 <= manifest.splits["val"].bytes <= 300_000
+    assert manifest.splits["train"].bytes > 4e6
+    assert all(source.val_documents for source in manifest.sources)
+    lines = {
+        split: {line.strip() for d in read_documents(tmp_path / "data", split) for line in d.text.splitlines()}
+        for split in ("train", "val")
+    }
+    long = {line for line in lines["val"] if len(line) > 50}
+    assert len(long) > 500 and len(long & lines["train"]) < 0.08 * len(long)  # code that sister modules repeat
+
+
+def test_groups_are_never_parted(tmp_path):
+    rows = [{"text": text, "origin": f"o{i}", "group": f"g{i % 20}"} for i, text in enumerate(texts(100))]
+    write_parquet(tmp_path / "in" / "a.parquet", rows)
+    small(tmp_path / "in", tmp_path / "out", val_fraction=0.3)
+    group_of = {row["origin"]: row["group"] for row in rows}
+    sides = [{group_of[o] for o in origins(tmp_path / "out", split)} for split in ("train", "val")]
+    assert sides[0] | sides[1] == set(group_of.values()) and not sides[0] & sides[1]
+
+
+def test_file_names_decide_the_split(tmp_path):
+    for name, seed in (("web-train", 1), ("web-val", 2), ("books-train", 3)):
+        write_parquet(tmp_path / "in" / f"{name}.parquet", [{"text": t} for t in texts(10, seed=seed)])
+    (tmp_path / "in" / "README.md").write_text("not corpus")
+    manifest = small(tmp_path / "in", tmp_path / "out")
+    assert sorted(origins(tmp_path / "out", "val")) == [f"web-val.parquet#{i}" for i in range(10)]
+    assert manifest.splits["train"].documents == 20
+    assert {s.name for s in manifest.sources} == {"web", "books"}
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "test"),
+    [
+        ("train-00000-of-00012", "validation-00000-of-00001", "test-00000-of-00001"),
+        ("data/train-00001-of-00012-6ef3991c06080e14", "data/validation-00000-of-00001-0123456789abcdef", "data/test"),
+        ("en/train/0000", "en/validation/0000", "en/test/0000"),
+        ("x-train", "x-dev", "x_test.3"),
+        ("train", "valid-0", "test-0"),
+        ("train.00", "eval.00", "test.00"),
+        ("train/a", "dev/a", "test/a"),
+    ],
+)
+def test_splits_as_others_name_them(train, val, test, tmp_path):
+    root = tmp_path / "in"
+    for seed, name in enumerate((train, val, test)):
+        write_parquet(root / f"{name}.parquet", [{"text": text} for text in texts(10, seed=seed)])
+    lines = []
+    manifest = small(root, tmp_path / "out", log=lines.append)
+    for split, name in (("train", train), ("val", val)):
+        assert sorted(origins(tmp_path / "out", split)) == [f"{name}.parquet#{i}" for i in range(10)]
+    assert manifest.documents == 20 and manifest.dropped == {"test split": 10}
+    assert "data: 1 files of a test split are left out" in lines
+    (root / f"{val}.parquet").unlink()
+    manifest = small(root, tmp_path / "cut")  # validation is cut from the training files
+    assert manifest.documents == 10 and manifest.dropped == {"test split": 10}
+    assert {o.split("#")[0] for split in ("train", "val") for o in origins(tmp_path / "cut", split)} == {
+        f"{train}.parquet"
+    }
+
+
+def test_text_folders_named_as_splits_need_a_folder_train(tmp_path):
+    root = tmp_path / "in"
+    for number, text in enumerate(texts(30)):
+        file = root / ("lib", "test", "dev")[number % 3] / f"{number}.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    assert small(root, tmp_path / "code").documents == 30
+    (root / "lib").rename(root / "train")
+    manifest = small(root, tmp_path / "out")
+    assert manifest.splits["train"].documents == manifest.splits["val"].documents == 10
+    assert manifest.dropped == {"test split": 10}
+    assert {o.split("/")[0] for o in origins(tmp_path / "out", "train")} == {"train"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["all", "contest", "testing", "test-a", "testament", "Test", "training", "train-x-of-2", "latest", "devs", "0"],
+)
+def test_other_names_are_parted_like_any(name, tmp_path):
+    write_parquet(tmp_path / "in" / f"{name}.parquet", [{"text": text} for text in texts(20)])
+    manifest = small(tmp_path / "in", tmp_path / "out")
+    assert manifest.documents == 20 and manifest.dropped == {} and manifest.splits["val"].documents
+    assert [source.name for source in manifest.sources] == [name]
+
+
+def test_jsonl_files(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    lines = [json.dumps({"text": text, "language": "de", "extra": 1}) for text in texts(20)]
+    (folder / "notes-train.jsonl").write_text("\n".join(lines[:15]) + "\n\n")
+    (folder / "notes-val.jsonl").write_text("\n".join(lines[15:]) + "\n" + json.dumps("a bare string"))
+    manifest = small(folder, tmp_path / "out")
+    assert manifest.splits["val"].documents == 6 and manifest.splits["train"].documents == 15
+    assert {d.language for d in read_documents(tmp_path / "out", "train")} == {"de"}
+    assert {d.source for d in read_documents(tmp_path / "out", "val")} == {"notes"}
+
+
+def test_text_files(tmp_path):
+    folder = tmp_path / "in"
+    for number, text in enumerate(texts(30)):
+        file = folder / ("poems" if number % 2 else "prose") / f"{number}{('.txt', '.md', '.py')[number % 3]}"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(text.replace("\n", "\r\n").encode("utf-8-sig" if number == 0 else "utf-8"))
+    (folder / ".hidden.txt").write_text("hidden")
+    manifest = small(folder, tmp_path / "out")
+    assert manifest.documents == 30
+    found = [d for split in ("train", "val") for d in read_documents(tmp_path / "out", split)]
+    assert {d.source for d in found} == {"poems", "prose"}
+    assert {d.language for d in found} == {"code", "und"}
+    assert sorted(d.text for d in found) == sorted(texts(30))
+    assert "prose/0.txt" in {d.origin for d in found}
+
+
+def test_one_file_is_enough(tmp_path):
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in texts(20)))
+    assert small(tmp_path / "a.jsonl", tmp_path / "out").documents == 20
+
+
+def test_duplicates_and_unusable_texts_are_dropped_and_counted(tmp_path):
+    wanted = texts(30)
+    rows = [*wanted, wanted[0], wanted[1] + "\n\n", "  \n", None, "nul\0byte"]
+    write_parquet(tmp_path / "in" / "a.parquet", [{"text": text} for text in rows])
+    manifest = small(tmp_path / "in", tmp_path / "out")
+    assert manifest.documents == 30
+    assert manifest.dropped == {"duplicate": 2, "empty": 2, "nul byte": 1}
+
+
+def test_training_text_that_repeats_validation_is_dropped(tmp_path):
+    lines = [f"the line number {i} of a text that is long enough to be told apart" for i in range(40)]
+    held = "\n".join(lines[:20])
+    copied = "\n".join(
+        ["first a word of introduction", *lines[:20], "and a last word that is a little longer than usual"]
+    )
+    inside = "\n".join([*texts(3, 300), *lines[:15]])
+    distant = "\n".join([*lines[:2], *lines[20:]])
+    write_parquet(tmp_path / "in" / "a-val.parquet", [{"text": held}])
+    write_parquet(tmp_path / "in" / "a-train.parquet", [{"text": t} for t in (copied, inside, distant, held)])
+    manifest = small(tmp_path / "in", tmp_path / "out")
+    assert [d.text for d in read_documents(tmp_path / "out", "train")] == [distant]
+    assert manifest.dropped == {"duplicate": 1, "near-duplicate of validation": 2}
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.sets(st.integers(0, 12), max_size=12), min_size=1, max_size=6), st.sets(st.integers(0, 12)))
+def test_near_duplicates_agree_with_the_definition(validation, candidate):
+    def text(numbers):
+        return "\n".join(f"{n:02d}" * 25 for n in sorted(numbers))
+
+    shared = candidate & set().union(*validation)
+    expected = len(shared) >= 3 and (
+        2 * len(shared) >= len(candidate)
+        or any(len(candidate & v) >= 3 and 2 * len(candidate & v) >= len(v) for v in validation)
+    )
+    assert (text(candidate) in NearDuplicates(map(text, validation))) == expected
+
+
+def test_max_bytes_takes_a_sample_of_every_source(corpus, tmp_path):
+    whole = small(corpus, tmp_path / "whole")
+    part = small(corpus, tmp_path / "part", max_bytes=whole.bytes // 3)
+    assert 0.2 * whole.bytes < part.bytes <= whole.bytes / 3
+    assert {s.name for s in part.sources} == {s.name for s in whole.sources}
+    assert part.dropped["over max_bytes"] == whole.documents - part.documents
+
+
+def test_larger_corpora_get_several_shards(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr("cognica_poe.data.build._SHARD_BYTES", 20_000)
+    monkeypatch.setattr("cognica_poe.data.build._FLUSH_BYTES", 5_000)
+    manifest = small(corpus, tmp_path / "out")
+    shards = [shard for shard in manifest.shards if shard.split == "train"]
+    assert len(shards) > 3 and sum(shard.documents for shard in shards) == manifest.splits["train"].documents
+    assert len(origins(tmp_path / "out", "train")) == len(set(origins(tmp_path / "out", "train")))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 1000), min_size=10, max_size=60), st.floats(0.01, 0.4), st.integers(0, 5))
+def test_validation_is_at_least_the_minimum_or_refused(sizes, fraction, seed):
+    groups = {f"g{i}": Counter({f"s{i % 3}": size}) for i, size in enumerate(sizes)}
+    try:
+        chosen = choose_validation(groups, fraction, 50, seed)
+    except UserError:
+        # only where whole documents cannot make it
+        assert max(sizes) > sum(sizes) / 10 or sum(sizes) < 1000
+        return
+    held = sum(sizes[int(key[1:])] for key in chosen)
+    assert 50 <= held <= sum(sizes) / 2 + 1
+
+
+def bad_parquet(folder):
+    (folder / "a.parquet").write_bytes(b"PAR1 this is not parquet PAR1")
+
+
+def cut_parquet(folder):
+    write_parquet(folder / "a.parquet", [{"text": t} for t in texts(50)])
+    data = (folder / "a.parquet").read_bytes()
+    (folder / "a.parquet").write_bytes(data[: len(data) // 2])
+
+
+MISTAKES = {
+    "is empty": lambda f: None,
+    "no supported files": lambda f: (f / "a.doc").write_text("x"),
+    r"a\.txt is a binary file": lambda f: (f / "a.txt").write_bytes(b"abc\0def"),
+    r"a\.txt is not UTF-8 text \(byte 2\)": lambda f: (f / "a.txt").write_bytes(b"ab\xff\xfe"),
+    r"a\.parquet has no column 'text' \(columns: body\)": lambda f: write_parquet(f / "a.parquet", [{"body": "x"}]),
+    "holds int64, not strings": lambda f: write_parquet(f / "a.parquet", [{"text": 1}]),
+    r"a\.parquet is not a readable parquet": bad_parquet,
+    r"a\.parquet is not a readable": cut_parquet,
+    r"a\.jsonl line 2 is not valid JSON": lambda f: (f / "a.jsonl").write_text('{"text": "x"}\n{"text": \n'),
+    r"a\.jsonl line 1 has no string 'text'": lambda f: (f / "a.jsonl").write_text('{"body": "x"}\n'),
+    "line 1 has no string": lambda f: (f / "a.jsonl").write_text('{"text": 7}\n'),
+    "line 1 is not valid": lambda f: (f / "a.jsonl").write_bytes(b'{"text": "\xff"}\n'),
+    "holds no text at all": lambda f: (f / "a.txt").write_text("  \n"),
+    "too little text for a validation split": lambda f: (f / "a.txt").write_text("alone"),
+    "holds validation files only": lambda f: write_parquet(f / "a-val.parquet", [{"text": "x"}]),
+    "holds test files only": lambda f: write_parquet(f / "test-00000-of-00001.parquet", [{"text": "x"}]),
+    "holds validation and test files only": lambda f: (
+        write_parquet(f / "dev.parquet", [{"text": "x"}]),
+        write_parquet(f / "test" / "a.parquet", [{"text": "y"}]),
+    ),
+}
+
+
+@pytest.mark.parametrize("message", MISTAKES)
+def test_mistakes_are_named_and_leave_nothing_behind(message, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    MISTAKES[message](folder)
+    with pytest.raises(UserError, match=message) as caught:
+        small(folder, tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["in"]
+
+
+def test_other_mistakes(corpus, data_dir, tmp_path):
+    with pytest.raises(UserError, match="no mix and no file or folder is called nowhere"):
+        small("nowhere", tmp_path / "out")
+    with pytest.raises(UserError, match="supported are"):
+        (tmp_path / "a.doc").write_text("x")
+        small(tmp_path / "a.doc", tmp_path / "out")
+    with pytest.raises(UserError, match="too little text"):
+        small(corpus, tmp_path / "out", val_min_bytes=10**9)
+    with pytest.raises(UserError, match="is what is read"):
+        small(data_dir, data_dir)
+    with pytest.raises(UserError, match="val_min_bytes 0"):
+        small(corpus, tmp_path / "out", val_min_bytes=0)
+    with pytest.raises(UserError, match="val_fraction"):
+        small(corpus, tmp_path / "out", val_fraction=0.6)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["thesis.txt", "manifest.json"])
+def test_a_folder_of_other_things_is_never_replaced(corpus, name, tmp_path):
+    (tmp_path / name).write_text("years of work")
+    with pytest.raises(UserError, match="not a data folder made by cognica-poe"):
+        small(corpus, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "years of work"
+
+
+def test_data_that_was_added_to_stays(corpus, tmp_path):
+    small(corpus, tmp_path / "data")
+    (tmp_path / "data" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="not a data folder made by cognica-poe"):
+        small(corpus, tmp_path / "data", seed=9)
+    assert (tmp_path / "data" / "notes.txt").is_file() and load_manifest(tmp_path / "data").seed == 0
+
+
+def test_output_inside_the_input_and_input_inside_the_output(corpus, tmp_path):
+    shutil.copytree(corpus, tmp_path / "in" / "deep")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=r"lies inside .*, which is read"):
+        small(tmp_path / "in", tmp_path / "in" / "out")
+    with pytest.raises(UserError, match="is not a data folder"):
+        small(tmp_path / "in" / "deep", tmp_path / "in")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_data_folder_of_ours_is_replaced(corpus, tmp_path):
+    small(corpus, tmp_path / "data")
+    small(corpus, tmp_path / "data", seed=9)
+    verify_manifest(tmp_path / "data")
+    assert load_manifest(tmp_path / "data").seed == 9
+
+
+def test_damaged_data_folders(corpus, tmp_path):
+    small(corpus, tmp_path / "data")
+    shard = tmp_path / "data" / "val-00000.parquet"
+    shard.write_bytes(shard.read_bytes()[:200])
+    with pytest.raises(UserError, match="is corrupt"):
+        list(read_documents(tmp_path / "data", "val"))
+    shard.unlink()
+    with pytest.raises(UserError, match="is missing"):
+        list(read_documents(tmp_path / "data", "val"))
+    with pytest.raises(UserError, match="unknown split"):
+        list(read_documents(tmp_path / "data", "test"))
+    manifest = tmp_path / "data" / "manifest.json"
+    described = json.loads(manifest.read_text())
+    for name in ("../../x", "/etc/passwd", "a/b.parquet", ""):
+        manifest.write_text(json.dumps({**described, "shards": [{**described["shards"][0], "file": name}]}))
+        with pytest.raises(UserError, match=r"shard .* cannot be used as a name"):
+            list(read_documents(tmp_path / "data", "train"))
+    manifest.write_text('{"mix": "x"}')
+    with pytest.raises(UserError, match="not valid"):
+        load_manifest(tmp_path / "data")
+    with pytest.raises(UserError, match="not found"):
+        load_manifest(tmp_path / "nothing")

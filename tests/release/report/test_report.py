@@ -1,0 +1,162 @@
+"""The report: one safe, self-contained, repeatable page of what the run folder holds."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from cognica_poe.errors import UserError
+from cognica_poe.release.report import drawing as figures
+from cognica_poe.release.report.report import write_report
+from cognica_poe.release.report.run_folder import read_run
+from tests.release.records import make_record, make_run
+
+_VOID = {"meta", "br", "hr", "img", "link", "input"}
+
+
+class _Page(HTMLParser):
+    """Checks nesting and collects tags, ids and text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict]] = []
+        self.ids: list[str] = []
+        self.text = ""
+        self.feed(text)
+        assert not self.open, f"left open: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self.ids += [value for key, value in attrs if key == "id"]
+        if tag not in _VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self.ids += [value for key, value in attrs if key == "id"]
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-1:]}"
+        self.open.pop()
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    runs = [make_run(folder / "tiny"), make_run(folder / "tiny-bp", name="tiny-bp", path="plain")]
+    refs = folder / "tiny" / "release" / "hub" / "models--cognica--tiny-poe" / "refs"
+    refs.mkdir(parents=True)
+    for name in ("step-0", "step-100", "step-300", "main"):
+        (refs / name).write_text("ab" * 20)
+    file = write_report(runs, folder / "report")
+    return runs, file, file.read_text()
+
+
+def test_page_is_well_formed_and_needs_nothing_from_outside(report):
+    _, file, text = report
+    assert file.name == "index.html"
+    page = _Page(text)
+    assert not {"script", "link", "iframe", "img"} & {tag for tag, _ in page.tags}
+    assert "default-src 'none'" in text
+    for _, attributes in page.tags:
+        assert not any(key.startswith("on") for key in attributes)
+        for key in ("href", "src", "xlink:href"):
+            assert attributes.get(key, "#").startswith("#")
+    assert not re.findall(r"url\((?!#)", text)
+    assert len(page.ids) == len(set(page.ids)), "ids are unique over all figures"
+    used = set(re.findall(r"url\(#([^)]+)\)", text)) | {a["xlink:href"][1:] for _, a in page.tags if "xlink:href" in a}
+    assert used and used <= set(page.ids)
+
+
+def test_figures_follow_the_theme(report):
+    text = report[2]
+    assert figures.INK not in text and figures.GRID not in text
+    assert "fill: var(--ink)" in text and "stroke: var(--grid)" in text
+    assert not re.search(r"fill: #f{6}\b", text), "no white panel behind a plot in the dark theme"
+
+
+def test_every_plot_and_every_record_is_shown(report):
+    text = report[2]
+    page = _Page(text)
+    plots = [a for tag, a in page.tags if tag == "svg"]
+    assert len(plots) == 3 + 10 + 5
+    assert all(a["aria-label"] and a["role"] == "img" for a in plots)
+    for title in ("Training loss by stage", "Crossover gap", "WAND exit stage", "Speculative acceptance"):
+        assert f"<h3>{title}</h3>" in text
+    for step in (0, 100, 200, 300):
+        assert f"{make_record(step)['bpb']['full']:.4f}" in page.text
+    assert "primed xz" in page.text and "docs|x" in page.text and "1 unreadable line" in page.text
+    assert page.text.count("resume") == 2
+    assert 'revision="step-300"' in page.text and "ab" * 20 in page.text
+
+
+def test_what_a_model_wrote_cannot_act(report):
+    text = report[2]
+    assert "<script>alert" not in text and "&lt;script&gt;alert" in text
+    assert "\u202e" not in text and "\x1b" not in text and "U+202E" in text
+    assert "<small> enough" not in text
+
+
+def test_same_folders_same_bytes(report, tmp_path):
+    runs, _, text = report
+    assert write_report(runs, tmp_path / "again.html").read_text() == text
+
+
+def test_a_changed_record_changes_the_plot(tmp_path):
+    run = make_run(tmp_path / "a", steps=(0, 100))
+    before = re.findall(r"<svg.*?</svg>", write_report([run], tmp_path).read_text(), re.S)
+    record = make_record(100)
+    record["wand_bounds"][1] += 0.3
+    (run / "analysis" / "step-100.json").write_text(json.dumps(record))
+    after = re.findall(r"<svg.*?</svg>", write_report([run], tmp_path).read_text(), re.S)
+    assert [a == b for a, b in zip(before, after, strict=True)].count(False) == 1
+
+
+def test_records_alone_are_enough(tmp_path):
+    (tmp_path / "analysis").mkdir()
+    bare = {key: make_record(5)[key] for key in ("step", "model", "bpb")}
+    (tmp_path / "analysis" / "step-5.json").write_text(json.dumps(bare))
+    text = write_report([tmp_path], tmp_path / "report").read_text()
+    assert "Bits per byte by path" in text and "WAND bounds</h3>" not in text
+    _Page(text)
+
+
+def test_a_resumed_step_counts_once_with_its_last_line(tmp_path):
+    run = make_run(tmp_path / "a", steps=(0, 10))
+    with open(run / "metrics.jsonl", "w") as file:
+        file.write('{"step": 1, "loss": 5.0}\n{"step": 2, "loss": 4.0}\n{"step": 2, "loss": 3.0}\nnot json\n[1]\n')
+    read = read_run(run)
+    assert [line["loss"] for line in read.metrics] == [5.0, 3.0]
+    assert read.unreadable_lines == 2
+
+
+def test_mistakes_are_told(tmp_path):
+    with pytest.raises(UserError, match="at least one run"):
+        write_report([], tmp_path)
+    with pytest.raises(UserError, match="run folder not found"):
+        write_report([tmp_path / "none"], tmp_path)
+    with pytest.raises(UserError, match=r"no step-N\.json"):
+        write_report([tmp_path], tmp_path)
+    (tmp_path / "analysis").mkdir()
+    (tmp_path / "analysis" / "step-1.json").write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        write_report([tmp_path], tmp_path)
+    (tmp_path / "analysis" / "step-1.json").write_text(json.dumps(make_record(2)))
+    with pytest.raises(UserError, match="is of step 2"):
+        write_report([tmp_path], tmp_path)
+    (tmp_path / "analysis" / "step-1.json").write_text("{}")
+    with pytest.raises(UserError, match="no step or bits per byte"):
+        write_report([tmp_path], tmp_path)
+
+
+def test_thinning_and_smoothing_keep_the_mean_and_the_ends():
+    xs = list(range(1000))
+    thin_x, thin_y = figures.thin(xs, [2.0 * x for x in xs], 100)
+    assert len(thin_x) == 100 and all(y == pytest.approx(2 * x) for x, y in zip(thin_x, thin_y, strict=True))
+    ramp = figures.smooth([float(x) for x in xs])
+    assert ramp == pytest.approx(xs), "a centred average does not lag behind a ramp"

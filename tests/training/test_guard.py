@@ -1,0 +1,301 @@
+"""Steps that must not be applied, what follows from them, and ranks that no longer agree."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cognica_poe.recipe.fields import GuardRecipe
+from cognica_poe.training.guard import (
+    Figures,
+    SpikePolicy,
+    StepGuard,
+    find_divergence,
+    hash_parameters,
+    parameter_hash,
+    select,
+)
+from cognica_poe.training.optim.muon import muon_update
+
+QUICK = GuardRecipe(spike_window=8, max_in_a_row=3, max_in_window=4, pass_over=2, max_rollbacks=2)
+
+
+def gradients(value=1.0):
+    return [torch.full((3, 4), value), torch.full((5,), value), torch.zeros(0, 4)]
+
+
+def watched(recipe=QUICK, steps=8, **kwargs) -> StepGuard:
+    """A guard that has seen ``steps`` ordinary steps."""
+    guard = StepGuard(recipe, **kwargs)
+    for step in range(steps):
+        assert guard.check(torch.tensor(3.0 + 0.1 * (step % 3)), gradients(1.0 + 0.05 * (step % 2)))
+    return guard
+
+
+class NoHostRead(TorchDispatchMode):
+    """Fails where a value of a tensor would have to wait for the device."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), function
+        return function(*args, **(kwargs or {}))
+
+
+# ---- the guard ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["loss", "first", "last element"])
+def test_what_is_not_finite_is_not_applied(bad, where):
+    guard = StepGuard(QUICK)
+    loss, parts = torch.tensor(2.0), gradients()
+    if where == "loss":
+        loss = torch.tensor(bad)
+    else:
+        parts[0 if where == "first" else 1].view(-1)[0 if where == "first" else -1] = bad
+    assert not guard.check(loss, parts)
+    figures = guard.figures(7).read()
+    assert figures.step == 7 and figures.verdict == "non-finite"
+    assert guard.check(torch.tensor(2.0), gradients()) and guard.figures(8).read().verdict == "ok"
+
+
+def test_figures_are_loss_and_norm_over_all_ranks():
+    """Two ranks with shards of one gradient: the norm is that of the whole, the loss the mean."""
+    halves = torch.randn(2, 50)
+    both = {"loss": torch.tensor((1.0, 3.0)), "squares": halves.double().square().sum(dim=1)}
+
+    def mean(tensor):
+        assert tensor[0] == both["loss"][0] and torch.isclose(tensor[1], both["squares"][0])
+        return torch.stack((both["loss"].mean(), both["squares"].mean())).to(tensor)
+
+    guard = StepGuard(QUICK, mean, world=2)
+    assert guard.check(both["loss"][0], [halves[0]])
+    figures = guard.figures(0).read()
+    assert figures.loss == 2.0 and figures.gradient_norm == pytest.approx(float(halves.norm()), rel=1e-6)
+
+
+def test_gradients_in_bf16_and_large_ones():
+    guard = StepGuard(QUICK)
+    assert guard.check(torch.tensor(1.0), [torch.full((1000,), 1e15), torch.full((1000,), 1e15)])
+    assert guard.figures(0).read().gradient_norm == pytest.approx(1e15 * 2000**0.5, rel=1e-6)
+    part = torch.randn(4096, dtype=torch.bfloat16)
+    assert guard.check(torch.tensor(1.0), [part])
+    assert guard.figures(1).read().gradient_norm == pytest.approx(float(part.float().norm()), rel=1e-5)
+
+
+@pytest.mark.parametrize(("loss", "scale"), [(9.0, 1.0), (3.1, 50.0)])
+def test_a_spike_of_loss_or_gradient_is_left_out(loss, scale):
+    guard = watched()
+    assert not guard.check(torch.tensor(loss), gradients(scale))
+    assert guard.figures(8).read().verdict == "spike"
+    assert guard.check(torch.tensor(3.1), gradients())
+
+
+def test_nothing_is_a_spike_before_the_window_is_full():
+    guard = watched(steps=7)
+    assert guard.check(torch.tensor(50.0), gradients())
+    assert watched(dataclasses.replace(QUICK, spike_sigma=0.0)).check(torch.tensor(1e9), gradients())
+
+
+def test_what_was_left_out_does_not_raise_the_threshold():
+    guard = watched()
+    before = guard.state()
+    for _ in range(20):
+        assert not guard.check(torch.tensor(9.0), gradients())
+        assert not guard.check(torch.tensor(math.nan), gradients())
+    assert guard.state() == before
+
+
+def test_a_falling_loss_and_a_constant_one_are_no_spikes():
+    guard = StepGuard(QUICK)
+    assert all(guard.check(torch.tensor(9.0 * 0.99**step), gradients()) for step in range(100))
+    assert all(guard.check(torch.tensor(3.0), gradients()) for _ in range(20))
+
+
+def test_the_check_never_waits_for_the_device():
+    guard = watched()
+    with NoHostRead():
+        guard.check(torch.tensor(3.0), gradients())
+        late = guard.figures(0)
+    with pytest.raises(AssertionError), NoHostRead():
+        late._host[0].item()
+    assert late.read().loss == 3.0
+
+
+def test_figures_keep_their_step_while_the_next_one_runs():
+    guard = StepGuard(QUICK)
+    guard.check(torch.tensor(1.0), gradients())
+    late = guard.figures(0)
+    guard.check(torch.tensor(2.0), gradients())
+    assert late.read().loss == 1.0 and guard.figures(1).read().loss == 2.0
+
+
+def test_the_guard_resumes_where_it_was():
+    guard, again = watched(), StepGuard(QUICK)
+    again.restore(json.loads(json.dumps(guard.state())))
+    for loss in (3.1, 3.4, 3.9, 5.0, 3.0):
+        assert guard.check(torch.tensor(loss), gradients()) == again.check(torch.tensor(loss), gradients())
+    assert guard.state() == again.state()
+    with pytest.raises(ValueError, match="window of 8 steps"):
+        StepGuard(GuardRecipe()).restore(guard.state())
+
+
+# ---- leaving an update out ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [math.nan, 1e30])
+def test_adamw_leaves_weights_and_state_bit_for_bit(bad):
+    weight = torch.nn.Parameter(torch.randn(7, 5))
+    adamw = torch.optim.AdamW([weight], lr=0.1, fused=True)
+    weight.grad = torch.randn(7, 5)
+    adamw.found_inf = (~torch.tensor(True)).float()
+    adamw.step()
+    before = [weight.detach().clone(), *(value.clone() for value in adamw.state[weight].values())]
+    weight.grad = torch.full((7, 5), bad)
+    adamw.found_inf = (~torch.tensor(False)).float()
+    adamw.step()
+    after = [weight.detach(), *adamw.state[weight].values()]
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_muon_leaves_weights_and_state_bit_for_bit(bad):
+    weight, momentum, second = torch.randn(2, 8, 6), torch.randn(2, 8, 6), torch.rand(2, 8, 1)
+
+    def step(gradient, keep):
+        gradient = select(keep, gradient, momentum)
+        before = second.clone()
+        update = select(keep, muon_update(gradient, momentum, second, 0.95, 0.9, "polar_express", None), 0.0)
+        second.copy_(select(keep, second, before))
+        weight.sub_((update * weight > 0) * weight, alpha=0.01).sub_(update, alpha=0.1)
+
+    tensors = (weight, momentum, second)
+    before = [tensor.clone() for tensor in tensors]
+    step(torch.full((2, 8, 6), bad), torch.tensor(False))
+    assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
+    step(torch.randn(2, 8, 6), torch.tensor(True))
+    assert not any(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
+
+
+# ---- the policy --------------------------------------------------------------------------------------------------
+
+
+def told(policy, verdicts, first=0):
+    """Actions for a string of verdicts: ``.`` ok, ``s`` spike, ``n`` non-finite."""
+    kinds = {".": "ok", "s": "spike", "n": "non-finite"}
+    return [policy.observe(Figures(first + i, 3.0, 1.0, kinds[v])) for i, v in enumerate(verdicts)]
+
+
+def actions(decisions):
+    return [decision.action for decision in decisions]
+
+
+def test_single_spikes_are_left_out_and_logged():
+    decisions = told(SpikePolicy(QUICK), "..s...n.")
+    assert actions(decisions) == ["go", "go", "left_out", "go", "go", "go", "left_out", "go"]
+    assert [d.event["step"] for d in decisions if d.event] == [2, 6]
+    assert decisions[6].event["reason"] == "non-finite"
+
+
+def test_spikes_in_a_row_roll_back_and_are_passed_over():
+    policy = SpikePolicy(QUICK)
+    *_, last = told(policy, ".....sss")
+    assert last.action == "roll_back" and last.event["pass_over"] == [3, 7] and last.before == 3
+    assert [step for step in range(12) if policy.passes_over(step)] == [3, 4, 5, 6, 7]
+
+
+def test_spikes_within_a_window_roll_back():
+    assert actions(told(SpikePolicy(QUICK), "s.s.s.s"))[-1] == "roll_back"
+    spread = actions(told(SpikePolicy(QUICK), "s..s..s..s..s"))
+    assert "roll_back" not in spread and spread.count("left_out") == 5
+
+
+def test_the_start_of_a_run_is_no_negative_step():
+    policy = SpikePolicy(QUICK)
+    told(policy, "nnn")
+    assert policy.ranges == [[0, 2]]
+
+
+def test_a_run_stops_after_too_many_rollbacks():
+    policy, seen = SpikePolicy(QUICK), []
+    for round_ in range(3):
+        seen += actions(told(policy, "sss", first=100 * round_))
+    assert [action for action in seen if action != "left_out"] == ["roll_back", "roll_back", "stop"]
+
+
+def test_rolling_back_remembers_what_to_pass_over():
+    """The checkpoint knows nothing of the roll-back; without its memory the same rows would spike again."""
+    policy = SpikePolicy(QUICK)
+    told(policy, "..s.....")
+    checkpoint = json.loads(json.dumps(policy.state()))
+    told(policy, "sss", first=20)
+    policy.restore(checkpoint)
+    assert policy.passes_over(20) and policy.passes_over(18) and not policy.passes_over(17)
+    assert policy.left_out == checkpoint["left_out"]
+
+
+def test_the_policy_resumes_where_it_was():
+    """Cut anywhere, a run gives the same answers."""
+    verdicts = "..s.ss...sss....n.s.s.s......nnn.s.."
+    whole = SpikePolicy(QUICK)
+    expected = told(whole, verdicts)
+    for cut in range(len(verdicts)):
+        first, second = SpikePolicy(QUICK), SpikePolicy(QUICK)
+        decisions = told(first, verdicts[:cut])
+        second.restore(json.loads(json.dumps(first.state())))
+        assert decisions + told(second, verdicts[cut:], first=cut) == expected
+        assert second.state() == whole.state()
+
+
+def test_events_are_json():
+    decision = SpikePolicy(QUICK).observe(Figures(3, math.nan, math.inf, "non-finite"))
+    assert json.loads(json.dumps(decision.event, allow_nan=False))["loss"] == "nan"
+
+
+# ---- ranks that differ -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64])
+def test_any_changed_bit_changes_the_hash(dtype):
+    values = torch.randn(5, 9).mul(3).to(dtype)
+    expected = parameter_hash(values)
+    assert parameter_hash(values.clone()) == expected
+    raw = values.clone().view(torch.uint8).view(-1)
+    for place in range(0, raw.numel(), 7):
+        for bit in range(8):
+            changed = raw.clone()
+            changed[place] ^= 1 << bit
+            assert parameter_hash(changed.view(dtype).view(5, 9)) != expected
+
+
+def test_order_and_layout():
+    values = torch.randn(6, 6)
+    assert parameter_hash(values.T) != parameter_hash(values)
+    assert parameter_hash(values.T.contiguous()) == parameter_hash(values.T)
+    assert parameter_hash(values[[1, 0, 2, 3, 4, 5]]) != parameter_hash(values)
+
+
+def test_hashes_do_not_depend_on_chunks(monkeypatch):
+    values = torch.randn(1000)
+    expected = parameter_hash(values)
+    monkeypatch.setattr("cognica_poe.training.guard._CHUNK", 64)
+    assert parameter_hash(values) == expected
+
+
+def test_the_differing_rank_and_parameter_are_named():
+    weights = {"a": torch.randn(4), "b": torch.randn(3, 3), "c": torch.zeros(0, 2)}
+    same = hash_parameters(weights.items())
+    assert find_divergence([same, same, same]) is None
+    changed = {name: tensor.clone() for name, tensor in weights.items()}
+    changed["b"].view(-1)[4] += 1e-6
+    found = find_divergence([same, hash_parameters(changed.items()), same])
+    assert found.ranks == [1] and found.parameters == ["b"] and str(found) == "rank 1 differs in b"
+    found = find_divergence([hash_parameters(changed.items()), same, same])
+    assert found.ranks == [0]
+
+
+def test_nan_and_signed_zero_count_by_their_bits():
+    assert parameter_hash(torch.tensor([math.nan])) == parameter_hash(torch.tensor([math.nan]))
+    assert parameter_hash(torch.tensor([0.0])) != parameter_hash(torch.tensor([-0.0]))
