@@ -35,6 +35,8 @@ class PoEDecodingMixin:
     def prepare_decoding(self, compile: bool = False, width: int | None = None) -> None:
         """Choose how the modes run; takes effect at the next call, which arranges the weights anew.
 
+        The arranged weights hang on this object: a copy starts with none, and with the default settings.
+
         Args:
             compile: run decode steps as compiled graphs. Each is made when first needed, in tens of seconds, and on a
                 processor kept on disk for the next process; :meth:`decoding_seconds_compiled` sums the waiting.
@@ -48,11 +50,11 @@ class PoEDecodingMixin:
             raise ValueError(f"width is {width}; a decode step has at least 1 lane")
         if compile and self.device.type == "cpu" and not has_compiler():
             raise ValueError("compile=True needs a C++ compiler (g++ or clang++): install one, or leave it out")
-        Engines.of(self).configure(width, compile)
+        Engines.attached(self).configure(width, compile)
 
     def decoding_seconds_compiled(self) -> float:
         """Seconds spent compiling decode steps, or loading them from disk, since the weights were arranged."""
-        return sum(engine.graphs.seconds for engine in Engines.of(self).made.values() if engine.graphs)
+        return sum(engine.graphs.seconds for engine in Engines.attached(self).made.values() if engine.graphs)
 
     def generate(
         self, inputs: torch.Tensor | None = None, generation_config=None, poe_mode: str | None = None, **kwargs
@@ -68,7 +70,8 @@ class PoEDecodingMixin:
             **kwargs: as in transformers; with a mode also ``poe_options``, a dict with that mode's own arguments.
 
         Raises:
-            ValueError: no such mode, an option that the modes do not have, or a wrong request.
+            ValueError: no such mode, an option that the modes do not have, a wrong request, or weights that the modes
+                cannot take, such as those under an unmerged adapter (see :func:`plain_weights`).
         """
         config = generation_config if generation_config is not None else self.generation_config
         mode, options = poe_mode, kwargs.pop("poe_options", None)

@@ -28,7 +28,7 @@ def make_drafter(name: str, model, cache: StageCache, transcript: Transcript, st
         return LookupDrafter(cache, transcript, stage, confidence)
     if name == "stage":
         return StageDrafter(cache, cache, transcript, stage, confidence)
-    engine = Engines.of(model).get(model, name, stage + 1)
+    engine = Engines.attached(model).get(model, name, stage + 1)
     request = transcript.request
     prompts = [request.prompt(row) for row in range(len(request.lengths))]
     own = StageCache(engine, prompts, max(request.lengths) + request.max_new_tokens)

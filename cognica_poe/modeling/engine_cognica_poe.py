@@ -11,9 +11,7 @@ slot of every row and how many of its lanes are in use.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +20,10 @@ from torch import nn
 from .blocks_cognica_poe import rmsnorm
 from .graphs_cognica_poe import Graphs
 from .linears_cognica_poe import LINEARS
+from .weights_cognica_poe import digest, identity, plain_weights, stage_of
+
+ENGINES = "_decoding_engines"
+"""Attribute of a model that holds its :class:`Engines`."""
 
 
 def natural_width(model) -> int:
@@ -193,6 +195,19 @@ class Engine:
         self.heads = Heads(model, count, linear)
         self.graphs = Graphs(self.device) if compiled else None
 
+    def copied(self, weights: dict[str, torch.Tensor]) -> list[str]:
+        """Names of the weights that this engine holds in a form of its own: it does not see them change.
+
+        A processor's graph holds all its weights; otherwise a weight is referred to where a module reads it in place.
+        """
+        names = [name for name in weights if stage_of(name, self.config) < len(self.stages)]
+        if self.graphs is not None and self.device.type == "cpu":
+            return names
+        parts = [part for module in (*self.stages, self.heads) for part in module.modules()]
+        in_place = [part for part in parts if getattr(part, "packed", None) is None]
+        read = {buffer.data_ptr() for part in in_place for buffer in part.buffers(recurse=False)}
+        return [name for name in names if weights[name].data_ptr() not in read]
+
     def run_stage(self, stage: int, width: int, span: int, table, ids, behind, states, keys, values) -> None:
         """Run a block of lanes through a stage, see :class:`StageLayers`; only decode steps are compiled."""
         is_step = width == self.width and span == ids.shape[1]
@@ -218,35 +233,66 @@ class Engine:
 
 
 class Engines:
-    """The engines of one model, built when first asked for and again when its weights have changed."""
+    """The engines of one model, made when first asked for and again when its weights have changed.
 
-    _all: ClassVar[weakref.WeakKeyDictionary] = weakref.WeakKeyDictionary()
+    They hang on the model object and are freed with it; its copies and pickles have none.
+    """
 
     def __init__(self):
-        self.width, self.compiled, self.weights = None, False, None
+        self.width, self.compiled = None, False
+        self._forget()
+
+    def _forget(self) -> None:
+        self.identity: list[tuple] = []
         self.made: dict[tuple[str, int], Engine] = {}
         self.measured: dict = {}
+        self.digests: dict[str, torch.Tensor] = {}
+
+    @classmethod
+    def attached(cls, model) -> Engines:
+        """The engines that hang on ``model``, whatever has become of its weights."""
+        if ENGINES not in vars(model):
+            setattr(model, ENGINES, cls())
+        return vars(model)[ENGINES]
 
     @classmethod
     def of(cls, model) -> Engines:
-        """The engines of ``model``; empty ones after its weights moved, changed dtype or were trained further."""
-        engines = cls._all.setdefault(model, cls())
-        weights = [(p.data_ptr(), p._version, p.dtype) for p in model.parameters()]
-        if engines.weights != weights:
-            engines.weights, engines.made, engines.measured = weights, {}, {}
+        """The engines of ``model``; empty ones when its weights are not those that they were made from.
+
+        What an engine refers to needs no look, what it copied is compared bit by bit (:func:`digest`).
+
+        Raises:
+            ValueError: the weights cannot be taken, see :func:`plain_weights`.
+        """
+        engines, weights = cls.attached(model), plain_weights(model)
+        now = identity(weights)
+        if engines.identity != now or engines._outdated(weights):
+            engines._forget()
+            engines.identity = now
         return engines
+
+    def _outdated(self, weights: dict[str, torch.Tensor]) -> bool:
+        if not self.digests:
+            return False
+        now = [digest(weights[name]) for name in self.digests]
+        return not torch.equal(torch.cat(now), torch.cat(list(self.digests.values())))
 
     def get(self, model, form: str = "dense", stages: int | None = None) -> Engine:
         """The engine of a form of the weights for the first ``stages`` stages."""
         stages = model.config.num_stages if stages is None else stages
         if (form, stages) not in self.made:
-            self.made[form, stages] = Engine(model, form, stages, self.width, self.compiled)
+            engine = self.made[form, stages] = Engine(model, form, stages, self.width, self.compiled)
+            weights = plain_weights(model)
+            for name in engine.copied(weights):
+                if name not in self.digests:
+                    self.digests[name] = digest(weights[name])
         return self.made[form, stages]
 
     def configure(self, width: int | None, compiled: bool) -> None:
         """Set the lanes of decode steps and whether they are compiled; drops engines made otherwise."""
         if (width, compiled) != (self.width, self.compiled):
-            self.width, self.compiled, self.made, self.measured = width, compiled, {}, {}
+            self.width, self.compiled = width, compiled
+            self._forget()
 
 
 def find_lanes(table: torch.Tensor, width: int, spare: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -21,6 +21,7 @@ from .blocks_cognica_poe import Block, Rotary, rmsnorm, rotary_tables
 from .cache_cognica_poe import CognicaKVCache
 from .configuration_cognica_poe import CognicaPoEConfig
 from .decoding_cognica_poe import PoEDecodingMixin
+from .engine_cognica_poe import ENGINES
 from .sampling_cognica_poe import combine
 
 
@@ -96,6 +97,10 @@ class CognicaPoEForCausalLM(CognicaPoEPreTrainedModel, PoEDecodingMixin, Generat
         self.smear_lambda = nn.Parameter(torch.empty(1))
         self.backout_lambda = nn.Parameter(torch.empty(1))
         self.post_init()
+
+    def __getstate__(self) -> dict:
+        """What a copy or a pickle gets: all but the weights arranged for decoding, which are this object's alone."""
+        return {name: value for name, value in super().__getstate__().items() if name != ENGINES}
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.transformer.wte

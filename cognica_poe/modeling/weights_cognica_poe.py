@@ -1,0 +1,149 @@
+"""The weights that decoding takes from a model: whether they can be taken, and whether they are still the same.
+
+An engine reads matrices, not modules: an adapter beside a matrix, a hook or a quantised layer would be passed over
+without a word, so that such a model is refused by the name of the module. What the engine copied is compared with the
+model at every call by a digest of the bits, since a weight can change without torch taking note (``.data``, numpy).
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from .blocks_cognica_poe import MLP, Attention, Block
+
+PLAIN = (nn.Linear, nn.Embedding, nn.ModuleDict, nn.ModuleList, Block, Attention, MLP)
+"""Types of the modules whose results the engine computes from their weights; subclasses compute something else."""
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+LANES_AT_ONCE = {"cpu": 2**16}
+"""Integers that a digest widens at a time: on a processor as many as its cache holds."""
+
+
+def plain_weights(model) -> dict[str, torch.Tensor]:
+    """All weights that decoding takes, by name.
+
+    Raises:
+        ValueError: a module is none of the model's own (an unmerged adapter, a quantised or offloaded layer), has a
+            hook or a bias, or its weight is no plain matrix; weights are on several devices or of several dtypes.
+    """
+    weights = {}
+    for name, module in _modules(model):
+        fault = _fault(module)
+        if fault is None and isinstance(module, nn.Linear | nn.Embedding):
+            weights[f"{name}.weight"] = module.weight
+            fault = _weight_fault(module.weight)
+        _check(fault is None, f"{name} {fault}")
+    for name in ("resid_lambdas", "x0_lambdas", "smear_lambda"):
+        weights[name] = getattr(model, name)
+        fault = _weight_fault(weights[name])
+        _check(fault is None, f"{name} {fault}")
+    first = model.lm_head.weight
+    for name, weight in weights.items():
+        same = (weight.dtype, weight.device) == (first.dtype, first.device)
+        _check(same, f"{name} is {_kind(weight)}, lm_head.weight {_kind(first)}")
+    return weights
+
+
+def stage_of(name: str, config) -> int:
+    """The first stage that needs a weight of :func:`plain_weights`."""
+    found = re.match(r"(transformer\.h|value_embeds|lm_head_stages)\.(\d+)\.", name)
+    if found is None:
+        return 0
+    number = int(found[2])
+    if found[1] == "lm_head_stages":
+        return number
+    return next(stage for stage in range(config.num_stages) if number in config.stage_layers(stage))
+
+
+def identity(weights: dict[str, torch.Tensor]) -> list[tuple]:
+    """What tells without a look at the values that weights were replaced, moved, converted or trained further."""
+    return [
+        (name, w.data_ptr(), 0 if w.is_inference() else w._version, w.dtype, w.device) for name, w in weights.items()
+    ]
+
+
+@torch.no_grad()
+def digest(weight: torch.Tensor) -> torch.Tensor:
+    """Digest of a weight's bits, int64, one number per row.
+
+    The bits of a row, as 32-bit integers in a grid, are summed exactly along the grid's lines and along its columns;
+    the sums are weighted with fixed random numbers modulo 2^64. A changed integer changes two sums. Only changes that
+    cancel within a row along all lines and all columns at once go unseen, and others with a chance of about 2^-27.
+    """
+    lanes = _integers(weight)
+    count = lanes.shape[1]
+    lines = next(n for n in range(max(int(count**0.5), 1), 0, -1) if count % n == 0)
+    factors = _factors(lines + count // lines, weight.device)
+    step = max(LANES_AT_ONCE.get(weight.device.type, 2**24) // count, 1)
+    parts = []
+    for part in lanes.split(step):
+        grid = part.to(torch.int64).view(len(part), lines, -1)
+        sums = torch.cat((grid.sum(dim=2), grid.sum(dim=1)), dim=1)
+        parts.append((sums * factors).sum(dim=1))
+    return torch.cat(parts)
+
+
+def _modules(model) -> Iterator[tuple[str, nn.Module]]:
+    for name in ("transformer", "value_embeds", "lm_head", "lm_head_stages", "smear_gate"):
+        yield from getattr(model, name).named_modules(prefix=name)
+
+
+def _fault(module: nn.Module) -> str | None:
+    """Why a module's results are not those of its weights alone."""
+    if type(module) not in PLAIN:
+        return f"is a {type(module).__name__}"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "has a forward hook"
+    if "forward" in vars(module):
+        return "has a forward of its own (offloaded?)"
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        return "has a bias"
+    if isinstance(module, nn.Linear | nn.Embedding) and "weight" not in module._parameters:
+        return "computes its weight"
+    return None
+
+
+def _weight_fault(weight: torch.Tensor) -> str | None:
+    if type(weight) is not nn.Parameter:
+        return f"holds a {type(weight).__name__} as weight"
+    if weight.is_meta:
+        return "has its weight on the meta device"
+    if weight.dtype not in FLOATS or weight.layout != torch.strided:
+        return f"has a {weight.layout} weight of {weight.dtype}"
+    return None
+
+
+def _kind(weight: torch.Tensor) -> str:
+    return f"{str(weight.dtype).removeprefix('torch.')} on {weight.device}"
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(
+            f"{message}: the decoding modes need the model's own plain weights; merge an adapter (merge_and_unload()) "
+            "or load the model whole in one dtype on one device, or leave out poe_mode, for generate() itself works"
+        )
+
+
+def _integers(weight: torch.Tensor) -> torch.Tensor:
+    """The bits of a tensor as integers ``[rows, n]``, of 32 bits where rows and storage allow."""
+    weight = weight.detach().contiguous()
+    weight = weight[None] if weight.ndim < 2 else weight.flatten(1)
+    row, start = weight.shape[1] * weight.element_size(), weight.storage_offset() * weight.element_size()
+    for dtype in (torch.int32, torch.int16):
+        if row % dtype.itemsize == 0 and start % dtype.itemsize == 0:
+            return weight.view(dtype)
+    raise ValueError(f"a row of {row} bytes is no weight")
+
+
+@functools.cache
+def _factors(count: int, device: torch.device) -> torch.Tensor:
+    """Fixed odd random numbers, int64."""
+    generator = torch.Generator().manual_seed(count)
+    return (torch.randint(-(2**63), 2**63 - 1, (count,), generator=generator) | 1).to(device)
