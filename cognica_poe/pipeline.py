@@ -97,7 +97,7 @@ def baseline(run: Path, recipe: Recipe, log: Log = lambda line: None) -> dict[st
     return figures
 
 
-def measure(run: Path, recipe: Recipe, model: Any, step: int, log: Log) -> AnalysisRecord:
+def analyze_step(run: Path, recipe: Recipe, model: Any, step: int, log: Log) -> AnalysisRecord:
     """Analyse ``model`` at ``step`` and write its record."""
     from cognica_poe.analysis.analyzer import analyze
 
@@ -166,7 +166,9 @@ def checkpoint_steps(run: Path, wanted: Sequence[int]) -> list[int]:
     return sorted(wanted) if wanted else steps
 
 
-def live(recipe: Recipe, run: Path, *, resume: bool, log: Log, progress: Callable[[int, dict], None]) -> list[int]:
+def run_recipe(
+    recipe: Recipe, run: Path, *, resume: bool, log: Log, progress: Callable[[int, dict], None]
+) -> list[int]:
     """Train ``recipe`` in ``run`` and release every step of its schedule; returns the released steps."""
     from cognica_poe.release.report.report import write_report
     from cognica_poe.training.trainer import Trainer
@@ -175,7 +177,7 @@ def live(recipe: Recipe, run: Path, *, resume: bool, log: Log, progress: Callabl
     trainer = Trainer(recipe, run, open_rows(run, recipe, log), resume=resume, log=log, progress=progress)
 
     def release(step: int) -> None:
-        measure(run, recipe, trainer.model, step, log)
+        analyze_step(run, recipe, trainer.model, step, log)
         export_step(run, recipe, trainer.model, step, log)
 
     trainer.train(release)
@@ -192,5 +194,5 @@ def live(recipe: Recipe, run: Path, *, resume: bool, log: Log, progress: Callabl
 def release_from_checkpoint(run: Path, recipe: Recipe, step: int, log: Log) -> None:
     """Measure and export a step from its checkpoint."""
     model = checkpoint_model(run, recipe, step, log)
-    measure(run, recipe, model, step, log)
+    analyze_step(run, recipe, model, step, log)
     export_step(run, recipe, model, step, log)

@@ -54,7 +54,9 @@ def analyze(run: Positional[Path], step: tuple[int, ...] = (), json: bool = Fals
     recipe = pipeline.read_recipe(run)
     records = []
     for number in pipeline.checkpoint_steps(run, step):
-        records.append(pipeline.measure(run, recipe, pipeline.checkpoint_model(run, recipe, number, log), number, log))
+        records.append(
+            pipeline.analyze_step(run, recipe, pipeline.checkpoint_model(run, recipe, number, log), number, log)
+        )
     if json:
         return print_json([record.model_dump(mode="json") for record in records])
     print_records(records)

@@ -48,7 +48,7 @@ def run(arguments: RunArguments) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("run is for one process: under torchrun use `train`, then `analyze`, `export` and `publish`")
     with TrainingProgress(recipe.training.steps) as progress:
-        steps = pipeline.live(recipe, out, resume=arguments.resume, log=log, progress=progress)
+        steps = pipeline.run_recipe(recipe, out, resume=arguments.resume, log=log, progress=progress)
     model, tokenizer = load_model(str(out / "release" / f"step-{steps[-1]}"))
     modes = ("full", "prefix", "wand", "speculative") if recipe.model.poe_mode != "none" else ("full",)
     length = min(64, recipe.model.max_position_embeddings // 2)

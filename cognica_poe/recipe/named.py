@@ -98,12 +98,9 @@ SMALL = Recipe(
 )
 """A shape for one GPU or a patient processor."""
 
-BILLION = {
-    "hidden_size": 1536,
-    "intermediate_size": 6144,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 12,
-}
+BILLION = ModelRecipe(
+    hidden_size=1536, intermediate_size=6144, num_hidden_layers=24, num_attention_heads=12, num_key_value_heads=12
+)
 """What the shapes of the two releases below 3B share."""
 
 RELEASES = (
