@@ -106,23 +106,13 @@ BILLION = ModelRecipe(
 RELEASES = (
     Recipe(
         name="1.3b",
-        model=ModelRecipe(
-            **BILLION,
-            num_key_value_heads=12,
-            poe_stage_layers=(6, 6, 6, 6),
-            per_stage_head=False,
-        ),
+        model=dataclasses.replace(BILLION, poe_stage_layers=(6, 6, 6, 6), per_stage_head=False),
         training=TrainingRecipe(steps=26_430, batch_rows=512),
         release=ReleaseRecipe(repo_id="cognica/poe-1.3b"),
     ),
     Recipe(
         name="1.5b",
-        model=ModelRecipe(
-            vocab_size=48_000,
-            **BILLION,
-            num_key_value_heads=6,
-            poe_stage_layers=(12, 5, 4, 3),
-        ),
+        model=dataclasses.replace(BILLION, vocab_size=48_000, num_key_value_heads=6, poe_stage_layers=(12, 5, 4, 3)),
         training=TrainingRecipe(steps=40_000),
         release=ReleaseRecipe(repo_id="cognica/poe-1.5b"),
     ),
