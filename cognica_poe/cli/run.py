@@ -85,7 +85,7 @@ def train(arguments: TrainArguments) -> None:
     recipe, out = check(arguments.recipe), arguments.out
     with join_ranks() as ranks:
         resume = arguments.resume or ranks.restarts > 0
-        ranks.first(lambda: pipeline.prepare(recipe, out, log, resume))
+        ranks.on_first(lambda: pipeline.prepare(recipe, out, log, resume))
         rows = pipeline.open_rows(out, recipe, log if ranks.is_first else lambda line: None)
         with TrainingProgress(recipe.training.steps) as progress:
             trainer = Trainer(recipe, out, rows, resume=resume, log=log, progress=progress, ranks=ranks)

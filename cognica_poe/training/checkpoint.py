@@ -69,7 +69,7 @@ class Pieces(Mapping[str, torch.Tensor]):
         self._holders: dict[str, list[Any]] = {}
         for file in files:
             try:
-                opened = safe_open(file, framework="pt")
+                opened: Any = safe_open(file, framework="pt")
             except (SafetensorError, OSError) as error:
                 raise UserError(f"checkpoint file {file} cannot be read ({error}); use another step") from error
             for name in opened.keys():  # noqa: SIM118 - not a mapping
@@ -99,7 +99,7 @@ class CheckpointFolder:
 
     def recover(self) -> None:
         """Remove what a killed run left half-written. Only for the one run that writes here."""
-        self.ranks.first(lambda: remove_partials(self.folder))
+        self.ranks.on_first(lambda: remove_partials(self.folder))
 
     def path(self, step: int) -> Path:
         """Folder of a step."""
@@ -112,23 +112,23 @@ class CheckpointFolder:
         matches = (_STEP.fullmatch(path.name) for path in self.folder.iterdir() if path.is_dir())
         return sorted(int(match[1]) for match in matches if match)
 
-    def save(self, checkpoint: Checkpoint, apart: Ranks | None = None) -> None:
+    def save(self, checkpoint: Checkpoint, background: Ranks | None = None) -> None:
         """Write a step atomically: no rank returns before all of it is on disk under its final name.
 
-        With ``apart`` (``Ranks.apart()``) the tensors are copied and written while training goes on; an earlier step
-        is waited for. Raises UserError on every rank, leaving earlier steps alone, when the disk of any rank is full;
-        while training goes on, the next ``save`` or ``wait`` raises it.
+        With ``background`` (``Ranks.in_background()``) the tensors are copied and written while training goes on; an
+        earlier step is waited for. Raises UserError on every rank, leaving earlier steps alone, when the disk of any
+        rank is full; while training goes on, the next ``save`` or ``wait`` raises it.
         """
         self.wait()
-        if apart is None:
+        if background is None:
             self._save(checkpoint, self.ranks)
             return
-        parts = [
-            {n: t.detach().to("cpu", copy=True) for n, t in p.items()}
-            for p in (checkpoint.weights, checkpoint.optimizer)
-        ]
-        snapshot = Checkpoint(checkpoint.step, *parts, checkpoint.state)
-        self._writer = threading.Thread(target=self._save_beside, args=(snapshot, apart), name="checkpoint")
+        weights, optimizer = (
+            {name: tensor.detach().to("cpu", copy=True) for name, tensor in part.items()}
+            for part in (checkpoint.weights, checkpoint.optimizer)
+        )
+        snapshot = Checkpoint(checkpoint.step, weights, optimizer, checkpoint.state)
+        self._writer = threading.Thread(target=self._save_beside, args=(snapshot, background), name="checkpoint")
         self._writer.start()
 
     def wait(self) -> None:
@@ -148,12 +148,12 @@ class CheckpointFolder:
     def _save(self, checkpoint: Checkpoint, ranks: Ranks) -> None:
         path = self.path(checkpoint.step)
         groups = {"model": checkpoint.weights, "optimizer": checkpoint.optimizer}
-        sizes = ranks.together(lambda: sum(t.nbytes for group in groups.values() for t in group.values()))
-        ranks.first(lambda: require_space(self.folder, sum(sizes) + 2**20))
+        sizes = ranks.on_all(lambda: sum(t.nbytes for group in groups.values() for t in group.values()))
+        ranks.on_first(lambda: require_space(self.folder, sum(sizes) + 2**20))
         with contextlib.ExitStack() as stack:
             opened = atomic_folder(path, "checkpoint", trusted=True)  # a damaged step is trained and written again
-            partial = ranks.first(lambda: stack.enter_context(opened))
-            digests = ranks.together(lambda: {part: self._write(partial, part, groups[part]) for part in groups})
+            partial = ranks.on_first(lambda: stack.enter_context(opened))
+            digests = ranks.on_all(lambda: {part: self._write(partial, part, groups[part]) for part in groups})
             lines = dict(line for written in digests for line in written.values())
 
             def finish() -> None:
@@ -162,7 +162,7 @@ class CheckpointFolder:
                 write_bytes(partial / MANIFEST, Manifest("checkpoint", lines).data())
                 stack.close()
 
-            ranks.first(finish)
+            ranks.on_first(finish)
 
     def _write(self, partial: Path, part: str, tensors: Mapping[str, torch.Tensor]) -> tuple[str, str]:
         """Write this rank's file of a part; returns its name and sha256."""
@@ -179,7 +179,7 @@ class CheckpointFolder:
 
     def load_latest(self, at_most: int | None = None) -> Checkpoint | None:
         """The newest step (of at most ``at_most``) that passes its manifest; damaged ones are reported, passed over."""
-        step = self.ranks.first(lambda: self._latest_sound(at_most))
+        step = self.ranks.on_first(lambda: self._latest_sound(at_most))
         return None if step is None else self._open(step)
 
     def _verify(self, step: int) -> None:

@@ -276,7 +276,7 @@ class Divergence:
 
 
 def find_divergence(hashes: list[dict[str, int]]) -> Divergence | None:
-    """Compare the hashes of all ranks, in rank order (``ranks.together(lambda: hash_parameters(...))``).
+    """Compare the hashes of all ranks, in rank order (``ranks.on_all(lambda: hash_parameters(...))``).
 
     Returns None when all agree. Where no majority exists, the rank that comes first counts as right.
     """

@@ -108,7 +108,7 @@ class Trainer:
         self.checkpoints = CheckpointFolder(self.run / "checkpoints", self._on_damage, self.ranks)
         self.checkpoints.recover()
         found = self.checkpoints.load_latest() if resume or self.ranks.restarts else None
-        if found is None and self.ranks.first(self.checkpoints.steps):
+        if found is None and self.ranks.on_first(self.checkpoints.steps):
             if resume or self.ranks.restarts:
                 raise UserError(f"{self.run}: no checkpoint is sound; restore one, or choose another --out")
             raise UserError(f"{self.run} already holds checkpoints: add --resume, or choose another --out")
@@ -117,7 +117,7 @@ class Trainer:
             raise UserError(f"recipe {recipe.name}: training.attention flex_attention trains on CUDA alone; use sdpa")
         self.model.set_attn_implementation(training.attention)
         dtype = found.state["compute_dtype"] if found else training.compute_dtype
-        self.compute_dtype = self.ranks.first(lambda: choose_compute_dtype(dtype, self.device))
+        self.compute_dtype = self.ranks.on_first(lambda: choose_compute_dtype(dtype, self.device))
         if self.by_stages:
             self.objective = StageParallelObjective(self.model, self.compute_dtype, self.ranks, training.recompute)
         else:
@@ -139,7 +139,7 @@ class Trainer:
         self._last_read = 0.0
         # CUDA trains on while the host reads and writes; where the host itself trains, nothing is won by it.
         on_cuda = self.device.type == "cuda"
-        self.saves_apart = self.ranks.apart() if on_cuda else None
+        self.saves_apart = self.ranks.in_background() if on_cuda else None
         self.lateness = 1 if on_cuda else 0  # steps under way while the host reads an earlier one
 
     def _optimizer(self, distributed: RanksRecipe) -> MuonAdamW:
@@ -314,7 +314,7 @@ class Trainer:
         if self.ranks.world == 1:
             return
         held = self.objective.shared() if self.by_stages else dict(self.model.named_parameters())
-        divergence = find_divergence(self.ranks.together(lambda: hash_parameters(held.items())))
+        divergence = find_divergence(self.ranks.on_all(lambda: hash_parameters(held.items())))
         if divergence is not None:
             self.events.write({"event": "ranks differ", "step": self.step, "found": str(divergence)})
             raise UserError(
@@ -327,7 +327,7 @@ class Trainer:
         if at_release is not None:
             self.checkpoints.wait()
             self.model.eval()
-            self.ranks.first(lambda: at_release(self.step))
+            self.ranks.on_first(lambda: at_release(self.step))
             self.model.train()
 
     def _save(self) -> None:

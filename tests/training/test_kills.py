@@ -150,11 +150,11 @@ def save_on_a_full_disk(ranks, run, full_rank):
     trainer = Trainer(recipe, run, pipeline.open_rows(run, recipe), resume=True, ranks=ranks)
     save = trainer.checkpoints.save
 
-    def save_with_a_limit(checkpoint, apart):
+    def save_with_a_limit(checkpoint, background):
         if ranks.rank == full_rank:
             resource.setrlimit(resource.RLIMIT_FSIZE, (1024, resource.RLIM_INFINITY))
         try:
-            save(checkpoint, apart)
+            save(checkpoint, background)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 

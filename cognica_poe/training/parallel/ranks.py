@@ -58,7 +58,7 @@ class Ranks:
         """The rank that logs, releases and decides."""
         return self.rank == 0
 
-    def first(self, function: Callable[[], T]) -> T:
+    def on_first(self, function: Callable[[], T]) -> T:
         """``function()`` of rank 0, on every rank; the others wait. A UserError of rank 0 is raised everywhere."""
         outcome: tuple[Any, str | None] = (None, None)
         if self.is_first:
@@ -69,11 +69,12 @@ class Ranks:
             outcome = box[0]
         if outcome[1] is not None:
             raise UserError(outcome[1])
-        return outcome[0]
+        result: T = outcome[0]
+        return result
 
-    def together(self, function: Callable[[], T]) -> list[T]:
+    def on_all(self, function: Callable[[], T]) -> list[T]:
         """``function()`` on every rank; results in rank order. The first UserError of any rank is raised everywhere."""
-        outcomes = [_attempt(function)] * self.world
+        outcomes: list[tuple[Any, str | None]] = [_attempt(function)] * self.world
         if self.world > 1:
             dist.all_gather_object(outcomes, outcomes[self.rank], group=self.group)
         for _, error in outcomes:
@@ -87,7 +88,7 @@ class Ranks:
             return list(flags)
         raised = torch.tensor(flags, dtype=torch.uint8)
         dist.all_reduce(raised, op=dist.ReduceOp.MAX, group=self.group)
-        return raised.bool().tolist()
+        return [bool(flag) for flag in raised.tolist()]
 
     def mean(self, tensor: torch.Tensor) -> torch.Tensor:
         """Mean over ranks of a small tensor, in place; NaN and infinity of one rank reach all of them."""
@@ -96,7 +97,7 @@ class Ranks:
             tensor /= self.world
         return tensor
 
-    def apart(self) -> Ranks:
+    def in_background(self) -> Ranks:
         """The same ranks over connections of their own, for agreements in a thread beside the training steps."""
         group = dist.new_group(backend="gloo") if self.world > 1 else None
         return replace(self, group=group)

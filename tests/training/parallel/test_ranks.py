@@ -51,28 +51,28 @@ def agree(ranks):
         return ranks.rank
 
     heard = []
-    for attempt in (lambda: ranks.first(lambda: fail(0)), lambda: ranks.together(lambda: fail(2))):
+    for attempt in (lambda: ranks.on_first(lambda: fail(0)), lambda: ranks.on_all(lambda: fail(2))):
         try:
             attempt()
         except UserError as error:
             heard.append(str(error))
     flags = ranks.any([ranks.rank == 1, False])
     mean = ranks.mean(torch.tensor([float(ranks.rank), float("nan") if ranks.rank == 1 else 0.0]))
-    return heard, ranks.first(lambda: ranks.rank), ranks.together(lambda: ranks.rank), flags, mean.tolist()
+    return heard, ranks.on_first(lambda: ranks.rank), ranks.on_all(lambda: ranks.rank), flags, mean.tolist()
 
 
 def test_outcomes_and_errors_are_shared():
-    for heard, first, together, flags, mean in run_ranks(3, agree):
+    for heard, first, everyone, flags, mean in run_ranks(3, agree):
         assert heard == ["rank 0 failed", "rank 2 failed"]
-        assert first == 0 and together == [0, 1, 2] and flags == [True, False]
+        assert first == 0 and everyone == [0, 1, 2] and flags == [True, False]
         assert mean[0] == 1.0 and mean[1] != mean[1]
 
 
 def test_alone_nothing_is_exchanged():
     ranks = Ranks()
-    assert ranks.first(lambda: 5) == 5 and ranks.together(lambda: 5) == [5] and ranks.any([True]) == [True]
+    assert ranks.on_first(lambda: 5) == 5 and ranks.on_all(lambda: 5) == [5] and ranks.any([True]) == [True]
     with pytest.raises(UserError, match="no"):
-        ranks.together(lambda: (_ for _ in ()).throw(UserError("no")))
+        ranks.on_all(lambda: (_ for _ in ()).throw(UserError("no")))
     assert ranks.mean(torch.tensor(2.0)) == 2.0
 
 
@@ -128,7 +128,7 @@ def exchange_with_empty_shares(ranks):
     stack = exchange.stack(arrived)
     back, pending = exchange.to_shards(stack * 2)
     pending.wait()
-    return stack, exchange.shards(back)["a"], ranks.apart().together(lambda: ranks.rank)
+    return stack, exchange.shards(back)["a"], ranks.in_background().on_all(lambda: ranks.rank)
 
 
 @pytest.mark.parametrize("world", [2, 4])

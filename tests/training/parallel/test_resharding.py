@@ -62,7 +62,7 @@ def train(ranks, run, options=None, resume=False, until=None, dtype=torch.float3
 
     trainer = Trainer(recipe, run, pipeline.open_rows(run, recipe), resume=resume, progress=step_hook, ranks=ranks)
     if beside:  # save as on an accelerator
-        trainer.saves_apart = ranks.apart()
+        trainer.saves_apart = ranks.in_background()
     one_step = trainer._train_step
 
     def recorded():
@@ -187,7 +187,7 @@ def fill_the_disk(ranks, run):
     """Space ends at step 4; the error of that save arrives with the next one."""
     recipe = pipeline.read_recipe(run)
     trainer = Trainer(recipe, run, pipeline.open_rows(run, recipe), ranks=ranks)
-    trainer.saves_apart = ranks.apart()
+    trainer.saves_apart = ranks.in_background()
     write = trainer.checkpoints._write
 
     def full(partial, part, tensors):
