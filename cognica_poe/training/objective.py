@@ -9,20 +9,25 @@
 ================  ==========================================================  ==============================
 
 In ``flat`` each stage's backward runs right after its forward and frees its activations: x0 enters every stage as a
-leaf whose gradient is summed over the stages and sent back through the embedding once. ``one_shot_loss`` builds the
-same objective as one graph, the obvious version that tests compare with.
+leaf whose gradient is summed over the stages and sent back through the embedding once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any, cast
 
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from cognica_poe.modeling.blocks_cognica_poe import rmsnorm, rotary_tables
+from cognica_poe.modeling.blocks_cognica_poe import Rotary, rmsnorm, rotary_tables
+from cognica_poe.modeling.configuration_cognica_poe import CognicaPoEConfig
 from cognica_poe.modeling.modeling_cognica_poe import CognicaPoEForCausalLM
-from cognica_poe.training.cross_entropy import reference_cross_entropy, softcap_cross_entropy
+from cognica_poe.training.cross_entropy import softcap_cross_entropy
+
+Masks = dict[str, Any]
+"""Attention mask by layer type, in the form that the attention implementation wants."""
 
 TRAINABLE_MODES = ("flat", "hier", "none")
 
@@ -39,15 +44,15 @@ class Objective:
     def __init__(
         self, model: CognicaPoEForCausalLM, compute_dtype: torch.dtype = torch.float32, recompute: bool = False
     ):
-        self.model, self.config, self.compute_dtype = model, model.config, compute_dtype
-        self.recompute = recompute
+        self.model, self.compute_dtype, self.recompute = model, compute_dtype, recompute
+        self.config = cast(CognicaPoEConfig, model.config)  # declared for all models of transformers at once
         self.mode = self.config.poe_mode
         if self.mode not in TRAINABLE_MODES:
             raise ValueError(
                 f"poe_mode {self.mode!r} cannot be trained here; choose one of {', '.join(TRAINABLE_MODES)}"
             )
         self.stage_scale = self.config.num_stages ** (self.config.poe_alpha - 1.0)
-        self._context: tuple | None = None
+        self._context: tuple[tuple[torch.Size, torch.device], Rotary, Masks] | None = None
 
     def backward(self, inputs: torch.Tensor, targets: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
         """Add ``scale`` times the gradient of the objective.
@@ -64,10 +69,18 @@ class Objective:
         if self.mode == "flat":
             return self._flat(inputs, targets.reshape(-1), scale, autocast)
         with autocast:
-            losses = self._losses(inputs, targets.reshape(-1), softcap_cross_entropy)
-            total = losses[0] if self.mode == "none" else torch.stack(losses).sum() * self.stage_scale
-        (total * scale).backward()
-        return torch.stack(losses).detach()
+            if self.mode == "none":
+                total = self._plain_loss(inputs, targets.reshape(-1))
+                losses = total[None]
+            else:
+                losses = self._connected_losses(inputs, targets.reshape(-1))
+                total = losses.sum() * self.stage_scale
+        torch.autograd.backward(total * scale)
+        return losses.detach()
+
+    def shared(self) -> dict[str, nn.Parameter]:
+        """Parameters that every rank of a run must hold alike, by name: here all of them."""
+        return dict(self.model.named_parameters())
 
     def sections(self) -> list[dict[str, int]]:
         """Parameters in the order in which ``backward`` completes their gradients, one section per layer or head.
@@ -91,7 +104,8 @@ class Objective:
         sections.append({n: counts.get(n, 1) for n in names if n not in seen})
         return [section for section in sections if section]
 
-    def _flat(self, ids, targets, scale, autocast) -> torch.Tensor:
+    def _flat(self, ids: torch.Tensor, targets: torch.Tensor, scale: float, autocast: torch.autocast) -> torch.Tensor:
+        """Forward and backward of one stage after the other; losses ``[K]``."""
         losses = []
         with autocast:
             x0_graph = self._embed(ids)
@@ -101,38 +115,37 @@ class Objective:
         for stage in range(self.config.num_stages):
             with autocast:
                 x = self._run_layers(self.config.stage_layers(stage), x, x0, ids, rotary, masks)
-                loss = self._stage_loss(x, stage, targets, softcap_cross_entropy)
-            (loss * (scale * self.stage_scale)).backward()
+                loss = self._stage_loss(x, stage, targets)
+            torch.autograd.backward(loss * (scale * self.stage_scale))
             losses.append(loss.detach())
             x = x.detach()
-        x0_graph.backward(x0.grad)
+        torch.autograd.backward(x0_graph, x0.grad)
         return torch.stack(losses)
 
-    def _losses(self, ids, targets, cross_entropy) -> list[torch.Tensor]:
-        """Cross-entropies of the undetached objectives, as one graph."""
-        model, config = self.model, self.config
+    def _connected_losses(self, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Losses ``[K]`` of ``hier`` in one graph: every stage's gradient reaches the stages before it."""
         x0 = x = self._embed(ids)
         rotary, masks = self._inputs(x0)
-        if self.mode == "none":
-            half = config.num_hidden_layers // 2 + 1
-            middle = self._run_layers(range(half), x, x0, ids, rotary, masks)
-            x = self._run_layers(range(half, config.num_hidden_layers), middle, x0, ids, rotary, masks)
-            n = rmsnorm(x - model.backout_lambda * middle, config.rms_norm_eps).flatten(0, 1)
-            return [cross_entropy(n, model.lm_head.weight, targets, config.logit_softcap)]
         losses = []
-        for stage in range(config.num_stages):
-            if self.mode == "flat" and stage > 0:
-                x = x.detach()
-            x = self._run_layers(config.stage_layers(stage), x, x0, ids, rotary, masks)
-            losses.append(self._stage_loss(x, stage, targets, cross_entropy))
-        return losses
+        for stage in range(self.config.num_stages):
+            x = self._run_layers(self.config.stage_layers(stage), x, x0, ids, rotary, masks)
+            losses.append(self._stage_loss(x, stage, targets))
+        return torch.stack(losses)
 
-    def one_shot_loss(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """The objective as one graph with full logits: the slow, obvious reference (scalar, differentiable)."""
-        losses = self._losses(inputs, targets.reshape(-1), reference_cross_entropy)
-        return losses[0] if self.mode == "none" else torch.stack(losses).sum() * self.stage_scale
+    def _plain_loss(self, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Loss (scalar) of ``none``: the plain path of the model, backout of the middle layer included."""
+        model, config = self.model, self.config
+        x0 = self._embed(ids)
+        rotary, masks = self._inputs(x0)
+        half = config.num_hidden_layers // 2 + 1
+        middle = self._run_layers(range(half), x0, x0, ids, rotary, masks)
+        x = self._run_layers(range(half, config.num_hidden_layers), middle, x0, ids, rotary, masks)
+        n = rmsnorm(x - model.backout_lambda * middle, config.rms_norm_eps).flatten(0, 1)
+        return softcap_cross_entropy(n, model.lm_head.weight, targets, config.logit_softcap)
 
-    def _run_layers(self, layers: Iterable[int], x, x0, ids, rotary, masks) -> torch.Tensor:
+    def _run_layers(
+        self, layers: Iterable[int], x: torch.Tensor, x0: torch.Tensor, ids: torch.Tensor, rotary: Rotary, masks: Masks
+    ) -> torch.Tensor:
         """The model's ``run_layers``, which keeps all activations or the states between layers."""
         if not self.recompute:
             return self.model.run_layers(layers, x, x0, ids, rotary, masks)
@@ -141,11 +154,11 @@ class Objective:
             x = checkpoint(run, (layer,), x, x0, ids, rotary, masks, use_reentrant=False, preserve_rng_state=False)
         return x
 
-    def _stage_loss(self, x, stage, targets, cross_entropy) -> torch.Tensor:
+    def _stage_loss(self, x: torch.Tensor, stage: int, targets: torch.Tensor) -> torch.Tensor:
         n = rmsnorm(x, self.config.rms_norm_eps).flatten(0, 1)
-        return cross_entropy(n, self.model.head_weight(stage), targets, self.config.logit_softcap)
+        return softcap_cross_entropy(n, self.model.head_weight(stage), targets, self.config.logit_softcap)
 
-    def _inputs(self, x0: torch.Tensor) -> tuple:
+    def _inputs(self, x0: torch.Tensor) -> tuple[Rotary, Masks]:
         """Rotary tables and masks, made once per shape."""
         key = (x0.shape, x0.device)
         if self._context is None or self._context[0] != key:

@@ -1,4 +1,4 @@
-"""Which dtype this processor multiplies fastest, measured."""
+"""Which device trains here, and which dtype it multiplies fastest."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ def choose_compute_dtype(choice: str, device: torch.device) -> torch.dtype:
     processor without bf16 instructions emulates them at a fraction of the speed of fp32.
     """
     if choice != "auto":
-        return getattr(torch, choice)
+        named: torch.dtype = getattr(torch, choice)
+        return named
     seconds = {dtype: _product_seconds(dtype, device) for dtype in (torch.float32, torch.bfloat16)}
     return torch.bfloat16 if seconds[torch.bfloat16] * 1.2 < seconds[torch.float32] else torch.float32
 

@@ -21,6 +21,7 @@ from cognica_poe.training.optim.optimizer import MuonAdamW
 from cognica_poe.training.parallel.ranks import Ranks
 from cognica_poe.training.parallel.zero2 import DistMuonAdamW
 from cognica_poe.training.trainer import build_model
+from tests.oracles.objective import one_shot_loss
 from tests.runs import with_ranks
 
 CARD = Cluster(gpus=12, gpu="a100-80g", nodes=3)
@@ -132,11 +133,11 @@ def test_activations_match_the_allocators_peak(mode, dtype, recompute):
 @pytest.mark.parametrize("mode", ["flat", "none"])
 def test_products_match_the_operation_counter(mode):
     recipe = small(mode, (4,) if mode == "none" else (2, 1, 1))
-    objective = Objective(build_model(recipe.model).train())
+    model = build_model(recipe.model).train()
     with FlopCounterMode(display=False) as counter:
-        objective.one_shot_loss(*batch(recipe, 2)).backward()
+        one_shot_loss(model, *batch(recipe, 2)).backward()
     counted = counter.get_flop_counts()["Global"][torch.ops.aten.mm] / (2 * recipe.model.max_position_embeddings)
-    smear = 6 * objective.config.smear_channels  # the one product outside blocks and heads
+    smear = 6 * model.config.smear_channels  # the one product outside blocks and heads
     assert counted == Costs(recipe).product_flops_per_token() + smear
 
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from cognica_poe.training.cross_entropy import reference_cross_entropy
 from cognica_poe.training.objective import Objective
 from tests.conftest import make_model
+from tests.oracles.objective import one_shot_loss, stage_losses
 
 LAYOUTS = ([5], [3, 2], [2, 1, 2], [2, 1, 1, 1], [1, 1, 1, 2])
 
@@ -36,7 +36,7 @@ def assert_same_gradients(actual, expected):
 def one_graph(model, inputs, targets, scale=1.0):
     """Value and gradients of the reference; the model's own gradients are cleared."""
     model.zero_grad()
-    loss = Objective(model).one_shot_loss(inputs, targets)
+    loss = one_shot_loss(model, inputs, targets)
     (loss * scale).backward()
     gradients = accumulated(model)
     model.zero_grad()
@@ -137,12 +137,10 @@ def test_changing_shapes_do_not_reuse_masks():
 
 def single_stage_gradients(model, inputs, targets):
     """Gradients of every stage's loss alone, by name; zeros where autograd reports none."""
-    objective = Objective(model)
     names, parameters = zip(*model.named_parameters(), strict=True)
-    losses = objective._losses(inputs, targets.reshape(-1), reference_cross_entropy)
     return [
         dict(zip(names, torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True), strict=True))
-        for loss in losses
+        for loss in stage_losses(model, inputs, targets)
     ]
 
 

@@ -1,7 +1,6 @@
 """Muon: orthogonalised momentum for block matrices (DESIGN: Polar Express, factored second moment, cautious decay).
 
-Matrices of one shape are stepped as one stack ``[M, rows, cols]``. ``orthogonalize`` works on a stack at once;
-``reference_orthogonalize`` beside it is the exact polar factor by SVD, which tests compare with.
+Matrices of one shape are stepped as one stack ``[M, rows, cols]``.
 """
 
 from __future__ import annotations
@@ -21,12 +20,6 @@ QUINTIC = ((3.4445, -4.7750, 2.0315),) * 5
 """Keller Jordan's fixed quintic, the iteration of ``torch.optim.Muon``."""
 
 ITERATIONS = {"polar_express": POLAR_EXPRESS, "quintic": QUINTIC}
-
-
-def reference_orthogonalize(x: torch.Tensor) -> torch.Tensor:
-    """Exact polar factor ``U V^T`` of every matrix of a stack ``[M, rows, cols]``."""
-    u, _, v = torch.linalg.svd(x, full_matrices=False)
-    return u @ v
 
 
 def orthogonalize(x: torch.Tensor, iteration: str = "polar_express", dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -96,11 +89,11 @@ def direction(
     Zero where the 0-dim bool ``keep`` is false: ``descend`` then neither moves nor decays; the second moment stays.
     """
     update = orthogonalize(x, iteration, dtype)
-    before = None if keep is None or second_moment is None else second_moment.clone()
     if second_moment is not None:
+        before = second_moment if keep is None else second_moment.clone()
         update = normalize_variance(update, second_moment, beta2)
-    if before is not None:
-        second_moment.copy_(torch.where(keep, second_moment, before))
+        if keep is not None:
+            second_moment.copy_(torch.where(keep, second_moment, before))
     return update if keep is None else torch.where(keep, update, 0.0)
 
 

@@ -42,7 +42,7 @@ class StackExchange:
 
     def stack(self, arrived: torch.Tensor) -> torch.Tensor:
         """The owned matrices ``[M, rows, cols]``, in the order of ``mine``."""
-        parts = arrived.split(self.inwards)
+        parts = torch.split(arrived, self.inwards)
         shapes = [(len(self.mine), height, self.cols) for height in self.heights]
         return torch.cat([part.view(shape) for part, shape in zip(parts, shapes, strict=True)], dim=1)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -60,7 +61,8 @@ class GradientReducer:
         self.sending, self.next = False, len(self.buckets)
         self.waiting: dict[str, int] = {}
         for name, parameter in self.parameters.items():
-            parameter.register_post_accumulate_grad_hook(lambda _, name=name: self._arrived(name))
+            hook = partial(self._arrived, name)
+            parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]  # torch's
 
     @contextlib.contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
@@ -92,7 +94,7 @@ class GradientReducer:
         for parameter in self.parameters.values():
             parameter.grad = None
 
-    def _arrived(self, name: str) -> None:
+    def _arrived(self, name: str, parameter: nn.Parameter) -> None:
         if not self.sending:
             return
         self.waiting[name] -= 1

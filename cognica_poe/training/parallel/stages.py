@@ -20,12 +20,12 @@ from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from cognica_poe.errors import UserError
 from cognica_poe.modeling.configuration_cognica_poe import CognicaPoEConfig
 from cognica_poe.modeling.modeling_cognica_poe import CognicaPoEForCausalLM
 from cognica_poe.recipe.fields import OptimizerRecipe
-from cognica_poe.training.cross_entropy import softcap_cross_entropy
 from cognica_poe.training.objective import Objective
 from cognica_poe.training.optim.optimizer import MuonAdamW
 from cognica_poe.training.parallel.ranks import Pending, Ranks
@@ -79,7 +79,7 @@ class StageParallelObjective(Objective):
     def __init__(self, model: CognicaPoEForCausalLM, compute_dtype: torch.dtype, ranks: Ranks, recompute: bool = False):
         super().__init__(model, compute_dtype, recompute)
         self.ranks = ranks
-        self.stages = assign_stages(model.config, ranks.world)[ranks.rank]
+        self.stages = assign_stages(self.config, ranks.world)[ranks.rank]
         self.under_way: list[Pending] = []
         self.finished = False
         self._drop_other_stages()
@@ -89,18 +89,19 @@ class StageParallelObjective(Objective):
         for stage in range(config.num_stages):
             if stage in self.stages:
                 continue
-            parts = [model.transformer.h[layer] for layer in config.stage_layers(stage)]
-            parts += [model.value_embeds[str(i)] for i in config.stage_layers(stage) if str(i) in model.value_embeds]
+            layers = config.stage_layers(stage)
+            parts = [model.get_submodule(f"transformer.h.{layer}") for layer in layers]
+            parts += [model.value_embeds[str(i)] for i in layers if str(i) in model.value_embeds]
             parts += [model.lm_head_stages[stage]] if config.per_stage_head else []
             for part in parts:
                 part.to_empty(device="meta").requires_grad_(False)
 
-    def shared(self) -> dict[str, torch.nn.Parameter]:
+    def shared(self) -> dict[str, nn.Parameter]:
         """Parameters that stages of several ranks add to: embedding, smear, lambdas, the shared head."""
         own = ("transformer.h.", "value_embeds.", "lm_head_stages.", "backout_lambda")
         return {name: p for name, p in self.model.named_parameters() if not name.startswith(own)}
 
-    def _flat(self, ids, targets, scale, autocast) -> torch.Tensor:
+    def _flat(self, ids: torch.Tensor, targets: torch.Tensor, scale: float, autocast: torch.autocast) -> torch.Tensor:
         """Losses ``[K]``: own ones times the number of ranks, others zero, so that the mean over ranks is each loss."""
         self.finished = False
         with autocast:
@@ -114,11 +115,11 @@ class StageParallelObjective(Objective):
                 x = self._run_layers(self.config.stage_layers(stage), x, x0, ids, rotary, masks)
                 if stage == self.stages[-1]:
                     self._send(x.detach())
-                loss = self._stage_loss(x, stage, targets, softcap_cross_entropy)
-            (loss * (scale * self.stage_scale)).backward()
+                loss = self._stage_loss(x, stage, targets)
+            torch.autograd.backward(loss * (scale * self.stage_scale))
             losses[stage] = loss.detach() * self.ranks.world
             x = x.detach()
-        x0_graph.backward(x0.grad)
+        torch.autograd.backward(x0_graph, x0.grad)
         return losses
 
     def _receive(self, like: torch.Tensor) -> torch.Tensor:
@@ -151,7 +152,7 @@ class StageParallelObjective(Objective):
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
         dist.all_reduce(flat)
-        parts = flat.split([p.numel() for p in parameters])
+        parts = torch.split(flat, [p.numel() for p in parameters])
         for parameter, part in zip(parameters, parts, strict=True):
             parameter.grad = part.view_as(parameter)
 

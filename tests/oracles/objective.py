@@ -1,0 +1,38 @@
+"""The training objectives as one graph with full logits."""
+
+import torch
+
+from cognica_poe.modeling.blocks_cognica_poe import rmsnorm
+from tests.oracles.cross_entropy import reference_cross_entropy
+
+
+def stage_losses(model, inputs: torch.Tensor, targets: torch.Tensor) -> list[torch.Tensor]:
+    """Mean cross-entropy of every stage, or of the plain path in ``none``, from token ids ``[B, T]``."""
+    config, ids, targets = model.config, inputs, targets.reshape(-1)
+    x0 = x = model.embed(ids)
+    rotary, masks = model.rotary(torch.arange(ids.shape[1])[None]), model.masks(x0)
+
+    def loss(x, weight):
+        n = rmsnorm(x, config.rms_norm_eps).flatten(0, 1)
+        return reference_cross_entropy(n, weight, targets, config.logit_softcap)
+
+    if config.poe_mode == "none":
+        half = config.num_hidden_layers // 2 + 1
+        middle = model.run_layers(range(half), x, x0, ids, rotary, masks)
+        x = model.run_layers(range(half, config.num_hidden_layers), middle, x0, ids, rotary, masks)
+        return [loss(x - model.backout_lambda * middle, model.lm_head.weight)]
+    losses = []
+    for stage in range(config.num_stages):
+        if config.poe_mode == "flat" and stage > 0:
+            x = x.detach()
+        x = model.run_layers(config.stage_layers(stage), x, x0, ids, rotary, masks)
+        losses.append(loss(x, model.head_weight(stage)))
+    return losses
+
+
+def one_shot_loss(model, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The objective: ``sum_k CE_k / K^(1 - alpha)``, in ``none`` the plain path's cross-entropy (scalar)."""
+    losses, config = stage_losses(model, inputs, targets), model.config
+    if config.poe_mode == "none":
+        return losses[0]
+    return sum(losses) / config.num_stages ** (1.0 - config.poe_alpha)
