@@ -43,7 +43,7 @@ test-slow: tools
 	$(TOOLS)/bin/python -m pytest -m slow
 
 docs: tools
-	$(TOOLS)/bin/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(TOOLS)/bin/mkdocs build --strict
 
 clean:
 	rm -rf runs site build .pytest_cache .ruff_cache .mypy_cache .import_linter_cache *.egg-info
