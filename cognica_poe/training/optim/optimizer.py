@@ -1,4 +1,4 @@
-"""Muon for block matrices, AdamW for everything else, in nanochat's groups (``model_facts`` section 9 of the release).
+"""Muon for block matrices, AdamW for everything else, and what a trainer asks of any optimiser.
 
 State is keyed by parameter name, so that a checkpoint does not depend on the order or the grouping of parameters.
 """
@@ -6,48 +6,66 @@ State is keyed by parameter name, so that a checkpoint does not depend on the or
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 from torch import nn
 
+from cognica_poe.modeling.modeling_cognica_poe import CognicaPoEForCausalLM
 from cognica_poe.recipe.fields import OptimizerRecipe
+from cognica_poe.training.optim.groups import adamw_groups, batch_scale, group_of
 from cognica_poe.training.optim.muon import descend, muon_update, second_moment_shape
 
-BATCH_REFERENCE = 2**19
-WIDTH_REFERENCE = 768
+
+class Optimizer(Protocol):
+    """An optimiser of one process or of a rank among others; with ranks, calls are collective."""
+
+    def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Wrap the backward pass of every micro-batch; ``last`` marks that of a step."""
+
+    def gradients(self) -> list[torch.Tensor]:
+        """The gradients that this process will apply: each element of the whole is held by one rank."""
+
+    def step(
+        self, lr_scale: float, momentum: float, weight_decay_scale: float, keep: torch.Tensor | None = None
+    ) -> None:
+        """One update of every parameter that has a gradient, with the schedule's multipliers.
+
+        ``keep``, a 0-dim bool tensor equal on all ranks, decides where it lives whether there is an update at all:
+        where it is false, weights and state stay bit for bit as they were, and nobody waits for it.
+        """
+
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """This process's pieces of the weights; joined along the first dimension in rank order they are all of them."""
+
+    def load_weights(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take a whole model's weights. Raises ValueError when names or shapes differ from the model's."""
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """This process's pieces of ``<parameter>.<momentum|second_moment|exp_avg|exp_avg_sq|step>``."""
+
+    def load_state_dict(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Restore a whole state. Raises ValueError for a tensor of an unknown parameter or shape."""
 
 
-def adamw_groups(recipe: OptimizerRecipe, width: int) -> dict[str, dict]:
-    """AdamW settings by group name, before the batch scaling."""
-    scale = (width / WIDTH_REFERENCE) ** -0.5 if recipe.lr_scaling else 1.0
-    return {
-        "lm_head": {"lr": recipe.unembedding_lr * scale, "betas": (0.8, 0.96), "weight_decay": 0.01},
-        "wte": {"lr": recipe.embedding_lr * scale, "betas": (0.8, 0.995), "weight_decay": 0.001},
-        "value_embeds": {"lr": recipe.embedding_lr * scale / 2, "betas": (0.8, 0.995), "weight_decay": 0.01},
-        "resid_lambdas": {"lr": recipe.scalar_lr * 0.01, "betas": (0.8, 0.95), "weight_decay": 0.05},
-        "x0_lambdas": {"lr": recipe.scalar_lr, "betas": (0.96, 0.95), "weight_decay": 0.0},
-        "gates": {"lr": recipe.gate_lr, "betas": (0.8, 0.95), "weight_decay": 0.0},
-    }
+class FusedAdamW(torch.optim.AdamW):
+    """torch's AdamW in one kernel, which leaves weights and state alone where ``found_inf`` (0-dim fp32) is 1."""
+
+    found_inf: torch.Tensor | None = None
 
 
-def group_of(name: str) -> str:
-    """The optimiser group of a parameter: ``muon`` or a key of ``adamw_groups``."""
-    if name.startswith("transformer.h."):
-        return "muon"
-    if name.startswith("transformer.wte"):
-        return "wte"
-    for group in ("lm_head", "value_embeds", "resid_lambdas", "x0_lambdas"):
-        if name.startswith(group):
-            return group
-    if name.startswith(("smear_", "backout_")):
-        return "gates"
-    raise ValueError(f"parameter {name} belongs to no optimiser group")
+def gradient_of(parameter: nn.Parameter) -> torch.Tensor:
+    """The gradient of a parameter that has one."""
+    assert parameter.grad is not None
+    return parameter.grad
 
 
 class MuonAdamW:
-    """Both optimisers behind one ``step``.
+    """Both optimisers behind one ``step``, for one process: an ``Optimizer``.
 
     Args:
         model: its named parameters are grouped by ``group_of``; a parameter without a gradient is left alone.
@@ -58,14 +76,15 @@ class MuonAdamW:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: CognicaPoEForCausalLM,
         recipe: OptimizerRecipe,
         batch_tokens: int,
         parameters: dict[str, nn.Parameter] | None = None,
     ):
         self.recipe = recipe
-        self.batch_scale = math.sqrt(batch_tokens / BATCH_REFERENCE) if recipe.lr_scaling else 1.0
-        self.iteration_dtype = getattr(torch, recipe.muon_dtype)
+        self.batch_scale = batch_scale(recipe, batch_tokens)
+        self.iteration_dtype: torch.dtype = getattr(torch, recipe.muon_dtype)
+        self.names = {name for name, _ in model.named_parameters()}
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.shapes = {name: p.shape for name, p in trained.items()}
         self.parameters = parameters or trained
@@ -82,7 +101,7 @@ class MuonAdamW:
             for group, values in settings.items()
             if members[group]
         ]
-        self.adamw = torch.optim.AdamW(groups, eps=1e-10, fused=True)
+        self.adamw = FusedAdamW(groups, eps=1e-10, fused=True)
         self.muon_state: dict[str, dict[str, torch.Tensor]] = {}
 
     def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[None]:
@@ -91,17 +110,13 @@ class MuonAdamW:
 
     def gradients(self) -> list[torch.Tensor]:
         """The gradients that this process will apply: each element of the whole is held by one rank."""
-        return [p.grad for p in self.parameters.values() if p.grad is not None]
+        return [gradient_of(p) for p in self.parameters.values() if p.grad is not None]
 
     @torch.no_grad()
     def step(
         self, lr_scale: float, momentum: float, weight_decay_scale: float, keep: torch.Tensor | None = None
     ) -> None:
-        """One update of every parameter that has a gradient, with the schedule's multipliers.
-
-        ``keep``, a 0-dim bool tensor, decides where it lives whether there is an update at all: where it is false,
-        weights and state stay bit for bit as they were, and nobody waits for it.
-        """
+        """One update of every parameter that has a gradient; arguments as for ``Optimizer``."""
         self._step_adamw(lr_scale, keep)
         for shape, names in self._present_stacks().items():
             self._step_stack(names, momentum, *self._muon_rates(shape, lr_scale, weight_decay_scale), keep)
@@ -132,12 +147,12 @@ class MuonAdamW:
         buffer = torch.stack([state["momentum"] for state in states])
         normalise = self.recipe.muon_beta2 < 1.0
         second = torch.stack([state["second_moment"] for state in states]) if normalise else None
-        gradient = torch.stack([self.parameters[name].grad for name in names])
+        gradient = torch.stack([gradient_of(self.parameters[name]) for name in names])
         beta2, iteration = self.recipe.muon_beta2, self.recipe.muon_iteration
         update = muon_update(gradient, buffer, second, momentum, beta2, iteration, self.iteration_dtype, keep)
         for i, (name, state) in enumerate(zip(names, states, strict=True)):
             state["momentum"].copy_(buffer[i])
-            if normalise:
+            if second is not None:
                 state["second_moment"].copy_(second[i])
             descend(self.parameters[name], update[i], lr, decay)
 
@@ -154,6 +169,24 @@ class MuonAdamW:
         """Drop all gradients."""
         for parameter in self.parameters.values():
             parameter.grad = None
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The weights themselves, by name."""
+        return {name: p.detach() for name, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def load_weights(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take a whole model's weights. Raises ValueError when names or shapes differ from the model's."""
+        if tensors.keys() != self.names:
+            raise ValueError(f"weights and model differ in {', '.join(sorted(tensors.keys() ^ self.names))}")
+        for name, shape in self.shapes.items():
+            full = tensors[name]
+            if full.shape != shape:
+                raise ValueError(f"{name} has shape {list(full.shape)}, the model wants {list(shape)}")
+            self._set_weight(name, full)
+
+    def _set_weight(self, name: str, full: torch.Tensor) -> None:
+        self.parameters[name].copy_(full)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Flat tensors named ``<parameter>.<momentum|second_moment|exp_avg|exp_avg_sq|step>``."""
@@ -181,7 +214,8 @@ class MuonAdamW:
         parameter = self.parameters[name]
         if group_of(name) == "muon":
             self.muon_state.setdefault(name, {})[key] = value.to(parameter.device)
-        else:
+        elif key == "step":
             # The fused kernel reads the step count where the parameter lives, always in fp32, and counts in place.
-            step = {"dtype": torch.float32, "copy": True} if key == "step" else {}
-            self.adamw.state[parameter][key] = value.to(parameter.device, **step)
+            self.adamw.state[parameter][key] = value.to(parameter.device, torch.float32, copy=True)
+        else:
+            self.adamw.state[parameter][key] = value.to(parameter.device)

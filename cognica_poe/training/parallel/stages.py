@@ -27,7 +27,7 @@ from cognica_poe.modeling.configuration_cognica_poe import CognicaPoEConfig
 from cognica_poe.modeling.modeling_cognica_poe import CognicaPoEForCausalLM
 from cognica_poe.recipe.fields import OptimizerRecipe
 from cognica_poe.training.objective import Objective
-from cognica_poe.training.optim.optimizer import MuonAdamW
+from cognica_poe.training.optim.optimizer import MuonAdamW, gradient_of
 from cognica_poe.training.parallel.ranks import Pending, Ranks
 
 IN_FLIGHT = 2
@@ -158,9 +158,10 @@ class StageParallelObjective(Objective):
 
 
 class StageParallelMuonAdamW(MuonAdamW):
-    """``MuonAdamW`` of one rank's stages and of what all share; every matrix is orthogonalised by its owner alone.
+    """``MuonAdamW`` of one rank's stages and of what all share: an ``Optimizer``.
 
-    Pieces of a checkpoint are whole tensors: those of a stage on its rank, those that are shared on the first.
+    Every matrix is orthogonalised by its owner alone. Pieces of a checkpoint are whole tensors: those of a stage on its
+    rank, those that are shared on the first.
     """
 
     def __init__(self, objective: StageParallelObjective, recipe: OptimizerRecipe, batch_tokens: int):
@@ -171,12 +172,12 @@ class StageParallelMuonAdamW(MuonAdamW):
         """As for ``MuonAdamW``: what is shared counts on the first rank alone."""
         self.objective.finish()
         ours = self._ours()
-        return [p.grad for name, p in self.parameters.items() if name in ours and p.grad is not None]
+        return [gradient_of(p) for name, p in self.parameters.items() if name in ours and p.grad is not None]
 
     def step(
         self, lr_scale: float, momentum: float, weight_decay_scale: float, keep: torch.Tensor | None = None
     ) -> None:
-        """One update, once the shared gradients are summed; ``keep`` as for ``MuonAdamW``."""
+        """One update, once the shared gradients are summed; arguments as for ``Optimizer``."""
         self.objective.finish()
         super().step(lr_scale, momentum, weight_decay_scale, keep)
 
@@ -189,14 +190,6 @@ class StageParallelMuonAdamW(MuonAdamW):
     def weights(self) -> dict[str, torch.Tensor]:
         """This rank's tensors; those of all ranks together are the weights."""
         return {name: self.parameters[name].detach() for name in sorted(self._ours())}
-
-    @torch.no_grad()
-    def load_weights(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Take this rank's part of a whole model's weights. Raises ValueError for a missing name or another shape."""
-        for name, parameter in self.parameters.items():
-            if name not in tensors or tensors[name].shape != parameter.shape:
-                raise ValueError(f"the weights hold no {name} of shape {list(parameter.shape)}")
-            parameter.copy_(tensors[name])
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """This rank's part of what ``MuonAdamW.state_dict`` holds."""

@@ -17,14 +17,16 @@ mixes sharded and plain tensors there unless the model knows of it. Here the mod
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
 
+from cognica_poe.modeling.modeling_cognica_poe import CognicaPoEForCausalLM
 from cognica_poe.recipe.fields import OptimizerRecipe, RanksRecipe
+from cognica_poe.training.optim.groups import group_of
 from cognica_poe.training.optim.muon import descend, direction, nesterov, second_moment_shape
-from cognica_poe.training.optim.optimizer import MuonAdamW, group_of
+from cognica_poe.training.optim.optimizer import MuonAdamW, gradient_of
 from cognica_poe.training.parallel.exchange import StackExchange
 from cognica_poe.training.parallel.ranks import Pending, Ranks
 from cognica_poe.training.parallel.reduction import IN_FLIGHT, GradientReducer
@@ -32,7 +34,9 @@ from cognica_poe.training.parallel.sharding import Bucket, assign_owners, row_ra
 
 
 class DistMuonAdamW(MuonAdamW):
-    """``MuonAdamW`` whose parameters, moments and gradients are spread over ranks; the same weights result.
+    """``MuonAdamW`` whose parameters, moments and gradients are spread over ranks: an ``Optimizer``.
+
+    The same weights result.
 
     Args:
         model: full model, equal on every rank. Its parameters become the replicas.
@@ -45,7 +49,7 @@ class DistMuonAdamW(MuonAdamW):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: CognicaPoEForCausalLM,
         recipe: OptimizerRecipe,
         batch_tokens: int,
         ranks: Ranks,
@@ -76,7 +80,7 @@ class DistMuonAdamW(MuonAdamW):
         first, last = row_range(full.shape[0], self.ranks.rank, self.ranks.world)
         return full[first:last]
 
-    def _gather_buckets(self, sections: Sequence[Mapping[str, int]]) -> Sequence[Bucket]:
+    def _gather_buckets(self, sections: Sequence[Mapping[str, int]]) -> Iterator[Bucket]:
         """Replicas by section and dtype; what never gets a gradient never changes."""
         for section in sections:
             for dtype in dict.fromkeys(self.replicas[name].dtype for name in section):
@@ -116,10 +120,7 @@ class DistMuonAdamW(MuonAdamW):
     def step(
         self, lr_scale: float, momentum: float, weight_decay_scale: float, keep: torch.Tensor | None = None
     ) -> None:
-        """One update of every parameter that has a gradient on any rank; arguments as for ``MuonAdamW``.
-
-        ``keep`` must be equal on all ranks.
-        """
+        """One update of every parameter that has a gradient on any rank; arguments as for ``Optimizer``."""
         self.finish_gradients()
         sent = []
         for shape, names in self._present_stacks().items():
@@ -142,7 +143,7 @@ class DistMuonAdamW(MuonAdamW):
         state = self.muon_state.setdefault(name, {})
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(self.parameters[name])
-        return nesterov(self.parameters[name].grad, state["momentum"], momentum, keep)
+        return nesterov(gradient_of(self.parameters[name]), state["momentum"], momentum, keep)
 
     def _directions(self, exchange: StackExchange, arrived: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
         """Updates ``[M, rows, cols]`` of the matrices that this rank owns."""
@@ -187,18 +188,9 @@ class DistMuonAdamW(MuonAdamW):
         """This rank's rows of the fp32 masters; joined in rank order they are the weights."""
         return {name: p.detach() for name, p in self.parameters.items() if p.shape[0]}
 
-    @torch.no_grad()
-    def load_weights(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Take weights in their global shapes. Raises ValueError when names or shapes differ from the model's."""
-        if tensors.keys() != self.replicas.keys():
-            odd = ", ".join(sorted(tensors.keys() ^ self.replicas.keys()))
-            raise ValueError(f"weights and model differ in {odd}")
-        for name, replica in self.replicas.items():
-            full = tensors[name]
-            if full.shape != replica.shape:
-                raise ValueError(f"{name} has shape {list(full.shape)}, the model wants {list(replica.shape)}")
-            self.parameters[name].copy_(self._cut(name, full))
-            replica.copy_(full)
+    def _set_weight(self, name: str, full: torch.Tensor) -> None:
+        self.parameters[name].copy_(self._cut(name, full))
+        self.replicas[name].copy_(full)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """This rank's pieces of what ``MuonAdamW.state_dict`` holds; joined in rank order they are the same tensors.

@@ -7,8 +7,9 @@ import torch
 
 from cognica_poe.recipe.fields import OptimizerRecipe
 from cognica_poe.recipe.named import RECIPES
+from cognica_poe.training.optim.groups import adamw_groups, group_of
 from cognica_poe.training.optim.muon import POLAR_EXPRESS
-from cognica_poe.training.optim.optimizer import MuonAdamW, adamw_groups, group_of
+from cognica_poe.training.optim.optimizer import MuonAdamW
 from tests.conftest import make_model
 
 TOKENS = 3 * 2**18
@@ -190,6 +191,21 @@ def test_counting_on_leaves_the_loaded_state_alone():
     assert optimizer.state_dict()["lm_head.weight.step"].dtype == torch.float32
     optimizer.state_dict()["lm_head.weight.step"].add_(1)
     assert state["lm_head.weight.step"] == 4
+
+
+def test_weights_go_from_one_optimiser_to_another():
+    model, other = make_model(dtype=torch.float32), make_model(seed=5, dtype=torch.float32)
+    weights = {name: value.clone() for name, value in MuonAdamW(model, OptimizerRecipe(), TOKENS).weights().items()}
+    assert weights.keys() == model.state_dict().keys()
+    optimizer = MuonAdamW(other, OptimizerRecipe(), TOKENS)
+    optimizer.load_weights(weights)
+    assert all(torch.equal(value, values(model)[name]) for name, value in values(other).items())
+    with pytest.raises(ValueError, match=r"weights and model differ in extra\.weight, x0_lambdas"):
+        optimizer.load_weights(
+            {**{n: v for n, v in weights.items() if n != "x0_lambdas"}, "extra.weight": torch.ones(1)}
+        )
+    with pytest.raises(ValueError, match=r"x0_lambdas has shape \[7\], the model wants \[5\]"):
+        optimizer.load_weights({**weights, "x0_lambdas": torch.ones(7)})
 
 
 def test_state_is_keyed_by_parameter_name():

@@ -9,7 +9,8 @@ from torch import nn
 
 from cognica_poe.recipe.fields import OptimizerRecipe, RanksRecipe
 from cognica_poe.training.objective import Objective
-from cognica_poe.training.optim.optimizer import MuonAdamW, adamw_groups, group_of
+from cognica_poe.training.optim.groups import adamw_groups, group_of
+from cognica_poe.training.optim.optimizer import MuonAdamW
 from cognica_poe.training.parallel.zero2 import DistMuonAdamW
 from tests.conftest import make_model
 from tests.gloo import run_ranks
