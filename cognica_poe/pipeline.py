@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from cognica_poe.analysis.record import AnalysisRecord, load_records, read_record, record_path
-from cognica_poe.data.build import build, load_manifest, read_documents
+from cognica_poe.data.build import build
+from cognica_poe.data.manifest import load_manifest, read_documents
 from cognica_poe.data.rows.reader import Rows
 from cognica_poe.data.tokenizer import load_tokenizer, train_tokenizer
 from cognica_poe.errors import UserError
@@ -21,8 +22,8 @@ from cognica_poe.recipe.fields import Recipe
 from cognica_poe.recipe.named import find_recipe
 from cognica_poe.recipe.rules import changed_settings
 from cognica_poe.recipe.stored import save_recipe
+from cognica_poe.training.build import build_model
 from cognica_poe.training.checkpoint import CheckpointFolder
-from cognica_poe.training.trainer import build_model
 
 Log = Callable[[str], None]
 

@@ -23,7 +23,7 @@ def find_model(name: str, dtype: torch.dtype, device: str) -> tuple[Any, Any | N
     if Path(name).is_dir() and not (Path(name) / "recipe.json").is_file():
         model, tokenizer = load_model(name)
     elif name in RECIPES or name.endswith(".json"):
-        from cognica_poe.training.trainer import build_model
+        from cognica_poe.training.build import build_model
 
         model, tokenizer = build_model(find_recipe(name).model), None
         with torch.no_grad():  # zeroed output matrices would make every stage agree
@@ -71,7 +71,8 @@ def find_prompts(
 
 
 def _from_documents(tokenizer: Any, text: Path, wanted: int, length: int) -> list[torch.Tensor]:
-    from cognica_poe.data.build import build, read_documents
+    from cognica_poe.data.build import build
+    from cognica_poe.data.manifest import read_documents
 
     if (text / "data" / "manifest.json").is_file():  # a run: what it held out
         texts = [d.text for d in read_documents(text / "data", "val")]

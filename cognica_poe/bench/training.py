@@ -156,10 +156,10 @@ def _step(case: Case, recipe: Recipe, device: torch.device) -> tuple[Callable[..
     if case.nanochat is not None:
         path = Path(case.nanochat)
         return build_step(path, recipe.model, case.dtype, device, case.rows, case.micro_rows, case.compile)
+    from cognica_poe.training.build import build_model
     from cognica_poe.training.memory import keep_freed_memory
     from cognica_poe.training.objective import Objective
     from cognica_poe.training.optim.optimizer import MuonAdamW
-    from cognica_poe.training.trainer import build_model
 
     if case.keep_freed_memory:
         keep_freed_memory()

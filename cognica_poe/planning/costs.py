@@ -13,11 +13,11 @@ import torch
 
 from cognica_poe.modeling.configuration_cognica_poe import CognicaPoEConfig
 from cognica_poe.recipe.fields import Recipe
+from cognica_poe.training.build import build_model
 from cognica_poe.training.cross_entropy import block_rows, chunk_rows
 from cognica_poe.training.objective import Objective
 from cognica_poe.training.optim.groups import group_of
 from cognica_poe.training.optim.muon import ITERATIONS, second_moment_shape
-from cognica_poe.training.trainer import build_model
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from cognica_poe.recipe.fields import Recipe
-from cognica_poe.training.trainer import build_model
+from cognica_poe.training.build import build_model
 
 GROUPS = (
     ("trunk", "transformer.h."),

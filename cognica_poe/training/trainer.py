@@ -7,66 +7,30 @@ before, and within rounding on any other number: every step reads the same rows,
 
 from __future__ import annotations
 
-import dataclasses
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 import torch
 
 from cognica_poe.data.rows.reader import Rows
 from cognica_poe.errors import TrainingStopped, UserError
-from cognica_poe.modeling.configuration_cognica_poe import CognicaPoEConfig
-from cognica_poe.modeling.modeling_cognica_poe import CognicaPoEForCausalLM
-from cognica_poe.recipe.fields import ModelRecipe, RanksRecipe, Recipe
+from cognica_poe.recipe.fields import Recipe
+from cognica_poe.training.backlog import Backlog, LaunchedStep, Progress, Setback
+from cognica_poe.training.build import build_model, build_objective_and_optimizer, rows_of_a_rank
 from cognica_poe.training.checkpoint import Checkpoint, CheckpointFolder
-from cognica_poe.training.guard import LateRead, SpikePolicy, StepGuard, find_divergence, hash_parameters
+from cognica_poe.training.guard import SpikePolicy, StepGuard, copy_to_host
 from cognica_poe.training.journal import Journal
 from cognica_poe.training.memory import keep_freed_memory
-from cognica_poe.training.objective import Objective
-from cognica_poe.training.optim.optimizer import MuonAdamW
 from cognica_poe.training.optim.schedule import Schedule
+from cognica_poe.training.parallel.divergence import find_divergence, hash_parameters
 from cognica_poe.training.parallel.ranks import Ranks
-from cognica_poe.training.parallel.stages import StageParallelMuonAdamW, StageParallelObjective
-from cognica_poe.training.parallel.zero2 import DistMuonAdamW
 from cognica_poe.training.precision import choose_compute_dtype, default_device
 
 Log = Callable[[str], None]
-
-
-def build_model(recipe: ModelRecipe, seed: int = 0) -> CognicaPoEForCausalLM:
-    """A freshly initialised model. Raises UserError when the shape contradicts itself."""
-    try:
-        config = CognicaPoEConfig(**dataclasses.asdict(recipe))
-    except ValueError as error:
-        raise UserError(f"recipe: {error}") from error
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return CognicaPoEForCausalLM(config)
-
-
-def _rows_of_a_rank(recipe: Recipe, world: int) -> int:
-    """Rows of a step on one rank. Raises UserError unless every rank gets as many whole micro-batches."""
-    training = recipe.training
-    if training.batch_rows % (training.micro_rows * world):
-        raise UserError(
-            f"recipe {recipe.name}: training.batch-rows {training.batch_rows} cannot be shared by {world} ranks in "
-            f"micro-batches of {training.micro_rows} rows; change --training.micro-rows or the number of ranks"
-        )
-    return training.batch_rows // world
-
-
-@dataclass(frozen=True)
-class _Unread:
-    """A step whose figures are on their way to the host."""
-
-    step: int
-    began: float
-    losses: torch.Tensor
-    figures: LateRead
 
 
 class Trainer:
@@ -91,69 +55,76 @@ class Trainer:
         *,
         resume: bool = False,
         log: Log = lambda line: None,
-        progress: Callable[[int, dict[str, Any]], None] = lambda step, metrics: None,
+        progress: Progress = lambda step, metrics: None,
         ranks: Ranks | None = None,
     ):
-        keep_freed_memory()
         self.recipe, self.run, self.rows, self.ranks = recipe, Path(run), rows, ranks or Ranks()
+        self.resume = resume or self.ranks.restarts > 0
         self.log: Log = log if self.ranks.is_first else lambda line: None
-        self.progress = progress
-        training, model = recipe.training, recipe.model
-        distributed = training.ranks
-        self.by_stages = distributed.parallel == "stages" and self.ranks.world > 1
-        self.shares = 1 if self.by_stages else self.ranks.world  # into how many parts the rows of a step are split
-        self.rank_rows = _rows_of_a_rank(recipe, self.shares)
+        self.progress: Progress = progress if self.ranks.is_first else lambda step, metrics: None
+        self.checkpoints = CheckpointFolder(self.run / "checkpoints", self._on_damage, self.ranks)
+        self.step = 0
+        self.started = False
+        self._stop = False
+
+    # ---- beginning ------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Make model, objective and optimiser, and take up the newest checkpoint of a run that is resumed.
+
+        ``train`` does it where nobody did before.
+
+        Raises:
+            UserError: the ranks cannot share the rows, the folder holds checkpoints that are not wanted or none that
+                is sound, or the newest one belongs to other rows or to another recipe.
+        """
+        keep_freed_memory()
+        self.rank_rows = rows_of_a_rank(self.recipe, self.ranks)
         self.device = default_device()
         self.events = Journal(self.run / "events.jsonl", self.ranks.is_first)
-        self.checkpoints = CheckpointFolder(self.run / "checkpoints", self._on_damage, self.ranks)
+        found = self._find_checkpoint()
+        self._build(found)
+        if found is not None:
+            self._restore(found)
+        self.metrics = Journal(self.run / "metrics.jsonl", self.ranks.is_first, keep_until=self.step)
+        self.backlog = Backlog(self.recipe, self.policy, self.metrics, self.events, self.log, self.progress)
+        # CUDA trains on while the host reads and writes; where the host itself trains, nothing is won by it.
+        on_cuda = self.device.type == "cuda"
+        self.background = self.ranks.in_background() if on_cuda else None
+        """The ranks as they speak while saving beside the training; None to save in between."""
+        self.steps_in_flight = 1 if on_cuda else 0
+        """Steps under way while the host reads an earlier one."""
+        self.started = True
+
+    def _find_checkpoint(self) -> Checkpoint | None:
+        """The newest sound checkpoint of a run that is resumed."""
         self.checkpoints.recover()
-        found = self.checkpoints.load_latest() if resume or self.ranks.restarts else None
+        found = self.checkpoints.load_latest() if self.resume else None
         if found is None and self.ranks.on_first(self.checkpoints.steps):
-            if resume or self.ranks.restarts:
+            if self.resume:
                 raise UserError(f"{self.run}: no checkpoint is sound; restore one, or choose another --out")
             raise UserError(f"{self.run} already holds checkpoints: add --resume, or choose another --out")
-        self.model = build_model(model, training.seed).to(self.device).train()
+        return found
+
+    def _build(self, found: Checkpoint | None) -> None:
+        """Everything that a step needs, in its initial state; a checkpoint decides the dtype of the products alone."""
+        recipe, training = self.recipe, self.recipe.training
+        self.model = build_model(recipe.model, training.seed)
+        self.model.to(self.device).train()  # type: ignore[arg-type]  # transformers hides its arguments
         if training.attention == "flex_attention" and self.device.type != "cuda":
             raise UserError(f"recipe {recipe.name}: training.attention flex_attention trains on CUDA alone; use sdpa")
         self.model.set_attn_implementation(training.attention)
         dtype = found.state["compute_dtype"] if found else training.compute_dtype
         self.compute_dtype = self.ranks.on_first(lambda: choose_compute_dtype(dtype, self.device))
-        if self.by_stages:
-            self.objective = StageParallelObjective(self.model, self.compute_dtype, self.ranks, training.recompute)
-        else:
-            self.objective = Objective(self.model, self.compute_dtype, training.recompute)
+        self.objective, self.optimizer = build_objective_and_optimizer(
+            self.model, recipe, self.compute_dtype, self.ranks
+        )
         if training.compile == "on" or (training.compile == "auto" and self.device.type == "cuda"):
-            for block in self.model.transformer.h:
+            for block in self.model.get_submodule("transformer.h").children():
                 block.compile()
-        self.optimizer = self._optimizer(distributed)
         self.schedule = Schedule(training.schedule, training.steps)
-        self.faults = training.guard
-        self.guard = StepGuard(self.faults, self.ranks.mean, self.ranks.world, self.device)
-        self.policy = SpikePolicy(self.faults)
-        self.step = 0
-        if found is not None:
-            self._restore(found)
-        self.metrics = Journal(self.run / "metrics.jsonl", self.ranks.is_first, keep_until=self.step)
-        self._stop = False
-        self._unread: list[_Unread] = []
-        self._last_read = 0.0
-        # CUDA trains on while the host reads and writes; where the host itself trains, nothing is won by it.
-        on_cuda = self.device.type == "cuda"
-        self.saves_apart = self.ranks.in_background() if on_cuda else None
-        self.lateness = 1 if on_cuda else 0  # steps under way while the host reads an earlier one
-
-    def _optimizer(self, distributed: RanksRecipe) -> MuonAdamW:
-        training = self.recipe.training
-        batch_tokens = training.batch_rows * self.recipe.model.max_position_embeddings
-        if self.ranks.world == 1:
-            return MuonAdamW(self.model, training.optimizer, batch_tokens)
-        if self.by_stages:
-            return StageParallelMuonAdamW(self.objective, training.optimizer, batch_tokens)
-        if distributed.replica_dtype == "auto":
-            replicas = "bfloat16" if self.compute_dtype == torch.bfloat16 else "float32"
-            distributed = dataclasses.replace(distributed, replica_dtype=replicas)
-        sections = self.objective.sections()
-        return DistMuonAdamW(self.model, training.optimizer, batch_tokens, self.ranks, distributed, sections)
+        self.guard = StepGuard(training.guard, self.ranks.mean, self.ranks.world, self.device)
+        self.policy = SpikePolicy(training.guard)
 
     def _restore(self, found: Checkpoint) -> None:
         """Load weights, optimiser and step."""
@@ -162,10 +133,7 @@ class Trainer:
                 f"{self.run}: data, tokenizer or row seed changed since step {found.step}; start a new --out"
             )
         try:
-            if isinstance(self.optimizer, DistMuonAdamW | StageParallelMuonAdamW):
-                self.optimizer.load_weights(found.weights)
-            else:
-                self.model.load_state_dict(dict(found.weights))
+            self.optimizer.load_weights(found.weights)
             self.optimizer.load_state_dict(found.optimizer)
             if "guard" in found.state:
                 self.guard.restore(found.state["guard"])
@@ -176,57 +144,59 @@ class Trainer:
         self.step = found.step
         self.log(f"resumed at step {self.step}")
 
+    # ---- steps ----------------------------------------------------------------------------------------------------
+
     def train(self, at_release: Callable[[int], None] = lambda step: None) -> None:
         """Run to the last step; the first rank calls ``at_release(step)`` after the checkpoint of every released step.
 
         Raises:
             TrainingStopped: after SIGTERM or SIGINT on any rank, once the step was saved; on every rank.
-            UserError: loss or gradient stayed non-finite or spikes came back (no such step is applied), the weights of
-                the ranks came to differ, or the disk is full.
+            UserError: as for ``start``; loss or gradient stayed non-finite or spikes came back (no such step is
+                applied), the weights of the ranks came to differ, or the disk is full.
         """
-        training = self.recipe.training
-        released = set(self.recipe.released_steps())
+        if not self.started:
+            self.start()
         previous = {sig: signal.signal(sig, self._on_signal) for sig in (signal.SIGTERM, signal.SIGINT)}
         self.events.write({"event": "resume" if self.step else "start", "step": self.step, **self._facts()})
         try:
-            if self.step in released:
-                self._save_and_release(at_release)
-            while self.step < training.steps:
-                self._train_step()
-                went_on = self._read(self.lateness)
-                due = self.step % training.checkpoint_every == 0 or self.step in released
-                stop = self.ranks.any([self._stop])[0]
-                if not (went_on and (not (due or stop) or self._read(0))):
-                    continue  # rolled back
-                if due or stop or (self.faults.compare_ranks_every and not self.step % self.faults.compare_ranks_every):
-                    self._compare_ranks()
-                if stop:
-                    self._save()
-                    self.checkpoints.wait()
-                    self.events.write({"event": "stopped", "step": self.step})
-                    raise TrainingStopped(self.step)
-                if due:
-                    self._save_and_release(at_release if self.step in released else None)
+            self._train(at_release)
             self.checkpoints.wait()
             self.events.write({"event": "end", "step": self.step})
         finally:
             for sig, handler in previous.items():
                 signal.signal(sig, handler)
 
+    def _train(self, at_release: Callable[[int], None]) -> None:
+        """All steps that are left, with the comparisons, checkpoints and releases that fall due between them."""
+        training, released = self.recipe.training, set(self.recipe.released_steps())
+        compare_every = training.guard.compare_ranks_every
+        if self.step in released:
+            self._save_and_release(at_release)
+        while self.step < training.steps:
+            self._train_step()
+            rolled_back = self._read(self.steps_in_flight)
+            due = self.step % training.checkpoint_every == 0 or self.step in released
+            stop = self.ranks.any([self._stop])[0]
+            # What is saved has been judged: nothing may be in flight then.
+            if rolled_back or ((due or stop) and self._read(0)):
+                continue
+            if due or stop or (compare_every and not self.step % compare_every):
+                self._compare_ranks()
+            if stop:
+                self._save()
+                self.checkpoints.wait()
+                self.events.write({"event": "stopped", "step": self.step})
+                raise TrainingStopped(self.step)
+            if due:
+                self._save_and_release(at_release if self.step in released else None)
+
     def _train_step(self) -> None:
-        """Launch a step; its figures wait in ``_unread``. Steps that a roll-back passes over are only counted."""
-        training, began = self.recipe.training, time.perf_counter()
+        """Launch a step, to be read later. Steps that a roll-back passes over are only counted."""
+        began = time.perf_counter()
         if self.policy.passes_over(self.step):
             self.step += 1
             return
-        batch = self.rows.batch(self.step, training.batch_rows)
-        first = 0 if self.by_stages else self.ranks.rank * self.rank_rows
-        micro = torch.from_numpy(batch[first : first + self.rank_rows]).to(self.device).split(training.micro_rows)
-        losses, scale = 0.0, 1 / (len(micro) * self.shares)
-        for i, rows in enumerate(micro):
-            with self.optimizer.micro_batch(last=i == len(micro) - 1):
-                losses = losses + self.objective.backward(rows[:, :-1], rows[:, 1:], scale)
-        losses = losses / len(micro)
+        losses = self._backward()
         keep = self.guard.check(losses.mean(), self.optimizer.gradients())
         schedule = self.schedule
         rates = schedule.lr_scale(self.step), schedule.muon_momentum(self.step), schedule.weight_decay_scale(self.step)
@@ -235,61 +205,41 @@ class Trainer:
         elif keep:  # reading costs nothing here, selecting would
             self.optimizer.step(*rates)
         self.optimizer.zero_grad()
-        self._unread.append(
-            _Unread(self.step, began, self._to_host(self.ranks.mean(losses)), self.guard.figures(self.step))
-        )
+        on_host = copy_to_host(self.ranks.mean(losses))
+        self.backlog.add(LaunchedStep(self.step, began, on_host, self.guard.observation(self.step)))
         self.step += 1
 
-    def _to_host(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy under way; complete once figures asked for later have arrived."""
-        host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-        return host.copy_(tensor, non_blocking=True)
+    def _backward(self) -> torch.Tensor:
+        """Gradients of this rank's rows of the step; returns their mean losses ``[K]``."""
+        training = self.recipe.training
+        batch = self.rows.batch(self.step, training.batch_rows)
+        rows = torch.from_numpy(batch[self.rank_rows]).to(self.device)
+        losses, scale = torch.zeros((), device=self.device), training.micro_rows / training.batch_rows
+        micro_batches = torch.split(rows, training.micro_rows)
+        for i, micro in enumerate(micro_batches):
+            with self.optimizer.micro_batch(last=i == len(micro_batches) - 1):
+                losses = losses + self.objective.backward(micro[:, :-1], micro[:, 1:], scale)
+        return losses / len(micro_batches)
 
-    def _read(self, late: int) -> bool:
-        """Take in the figures of all but the last ``late`` steps. False when that led back to a checkpoint."""
-        while len(self._unread) > late:
-            unread = self._unread.pop(0)
-            figures = unread.figures.read()
-            first = (*self.policy.left_out, figures.step)[0]
-            decision = self.policy.observe(figures)
-            if decision.action == "go":
-                self._record(unread, figures.gradient_norm)
-                continue
-            self.log(
-                f"step {figures.step} left out ({figures.verdict}): loss {figures.loss:.4g}, "
-                f"gradient norm {figures.gradient_norm:.4g}"
-            )
-            if decision.action == "left_out":
-                self.events.write(decision.event)
-                continue
-            self.checkpoints.wait()
-            found = self.checkpoints.load_latest(decision.before) if decision.action == "roll_back" else None
-            if found is None:
-                self._give_up(first, figures.verdict)
-            self.events.write({**decision.event, "to": found.step})
-            self._roll_back(found)
+    # ---- what reading them leads to -------------------------------------------------------------------------------
+
+    def _read(self, in_flight: int) -> bool:
+        """Take in all but the last steps in flight. True when that led back to a checkpoint."""
+        setback = self.backlog.read(in_flight)
+        if setback is None:
             return False
+        self.checkpoints.wait()
+        decision = setback.decision
+        found = self.checkpoints.load_latest(decision.before) if decision.action == "roll_back" else None
+        if found is None:
+            self._give_up(setback)
+        self.events.write({**decision.event, "to": found.step})
+        self._roll_back(found)
         return True
 
-    def _record(self, unread: _Unread, gradient_norm: float) -> None:
-        now, values = time.perf_counter(), unread.losses.tolist()
-        tokens = self.recipe.training.batch_rows * self.recipe.model.max_position_embeddings
-        metrics = {
-            "step": unread.step + 1,
-            "loss": sum(values) / len(values),
-            "loss_stages": values,
-            "gradient_norm": gradient_norm,
-            "lr_scale": self.schedule.lr_scale(unread.step),
-            "tokens": tokens * (unread.step + 1),
-            "tokens_per_second": tokens / (now - max(unread.began, self._last_read)),
-        }
-        self._last_read = now
-        self.metrics.write(metrics)
-        if self.ranks.is_first:
-            self.progress(unread.step + 1, metrics)
-
-    def _give_up(self, first: int, verdict: str) -> None:
-        if verdict == "non-finite":
+    def _give_up(self, setback: Setback) -> NoReturn:
+        first = setback.first
+        if setback.observation.verdict == "non-finite":
             self.events.write({"event": "non-finite loss", "step": first})
             raise UserError(
                 f"loss or gradient is not finite at step {first}: nothing since was applied, and no checkpoint helps; "
@@ -303,18 +253,20 @@ class Trainer:
 
     def _roll_back(self, found: Checkpoint) -> None:
         """Go on from an earlier checkpoint; what was trained since is forgotten."""
-        self._unread.clear()
+        self.backlog.clear()
         self.optimizer.zero_grad()
         self._restore(found)
         self.metrics.drop_after(self.step)
         self.checkpoints.delete(step for step in self.checkpoints.steps() if step > self.step)
 
+    # ---- between steps --------------------------------------------------------------------------------------------
+
     def _compare_ranks(self) -> None:
         """Raises UserError when the replicas of the weights are not the same on all ranks, bit for bit."""
         if self.ranks.world == 1:
             return
-        held = self.objective.shared() if self.by_stages else dict(self.model.named_parameters())
-        divergence = find_divergence(self.ranks.on_all(lambda: hash_parameters(held.items())))
+        shared = self.objective.shared()
+        divergence = find_divergence(self.ranks.on_all(lambda: hash_parameters(shared.items())))
         if divergence is not None:
             self.events.write({"event": "ranks differ", "step": self.step, "found": str(divergence)})
             raise UserError(
@@ -326,7 +278,7 @@ class Trainer:
         self._save()
         if at_release is not None:
             self.checkpoints.wait()
-            self.model.eval()
+            self.model.eval()  # type: ignore[no-untyped-call]  # transformers'
             self.ranks.on_first(lambda: at_release(self.step))
             self.model.train()
 
@@ -334,16 +286,15 @@ class Trainer:
         dtype = str(self.compute_dtype).removeprefix("torch.")
         state = {"rows": self.rows.fingerprint, "compute_dtype": dtype, "ranks": self.ranks.world}
         state |= {"guard": self.guard.state(), "policy": self.policy.state()}
-        sharded = isinstance(self.optimizer, DistMuonAdamW | StageParallelMuonAdamW)
-        weights = self.optimizer.weights() if sharded else self.model.state_dict()
-        self.checkpoints.save(Checkpoint(self.step, weights, self.optimizer.state_dict(), state), self.saves_apart)
+        checkpoint = Checkpoint(self.step, self.optimizer.weights(), self.optimizer.state_dict(), state)
+        self.checkpoints.save(checkpoint, self.background)
         self.checkpoints.prune(self.recipe.training.keep_checkpoints, self.recipe.released_steps())
 
     def _on_damage(self, line: str) -> None:
         self.log(line)
         self.events.write({"event": "damaged checkpoint", "found": line})
 
-    def _on_signal(self, number: int, frame: Any) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._stop = True
 
     def _facts(self) -> dict[str, Any]:

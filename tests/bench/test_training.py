@@ -14,7 +14,7 @@ from cognica_poe.cli.main import dispatch
 from cognica_poe.errors import UserError
 from cognica_poe.planning.costs import Costs
 from cognica_poe.planning.machine import product_rate
-from cognica_poe.training.trainer import build_model
+from cognica_poe.training.build import build_model
 
 TINY = {"rows": 2, "micro_rows": 1, "vocab": 300, "length": 16, "warmup": 1, "steps": 2}
 

@@ -15,12 +15,12 @@ from cognica_poe.planning.plan import GIB, Planner, make_plan
 from cognica_poe.recipe.fields import RanksRecipe, Recipe
 from cognica_poe.recipe.named import RECIPES
 from cognica_poe.recipe.rules import check
+from cognica_poe.training.build import build_model
 from cognica_poe.training.objective import Objective
 from cognica_poe.training.optim.muon import orthogonalize
 from cognica_poe.training.optim.optimizer import MuonAdamW
 from cognica_poe.training.parallel.ranks import Ranks
 from cognica_poe.training.parallel.zero2 import DistMuonAdamW
-from cognica_poe.training.trainer import build_model
 from tests.oracles.objective import one_shot_loss
 from tests.runs import with_ranks
 

@@ -1,4 +1,4 @@
-"""Faults inside a whole run: a bad gradient on one rank, spikes, a rank that computes wrongly, late figures."""
+"""Faults inside a whole run: a bad gradient on one rank, spikes, a rank that computes wrongly, late observations."""
 
 import json
 import shutil
@@ -11,9 +11,10 @@ from cognica_poe.errors import UserError
 from cognica_poe.recipe.fields import GuardRecipe
 from cognica_poe.recipe.stored import save_recipe
 from cognica_poe.training import trainer as trainer_module
+from cognica_poe.training.build import build_model
 from cognica_poe.training.checkpoint import CheckpointFolder
 from cognica_poe.training.parallel.ranks import Ranks
-from cognica_poe.training.trainer import Trainer, build_model
+from cognica_poe.training.trainer import Trainer
 from tests.gloo import run_ranks
 from tests.runs import small_recipe, with_training, write_texts
 
@@ -36,7 +37,7 @@ def fresh(prepared, tmp_path):
     return lambda name: shutil.copytree(prepared, tmp_path / name)
 
 
-def train(ranks, run, factors, alone=False, lateness=0, resume=False):
+def train(ranks, run, factors, alone=False, in_flight=0, resume=False):
     """Train in fp64; ``factors`` multiplies gradients by step, on the last rank only.
 
     Returns the weights before every step that was launched, and the error that ended the run, if any.
@@ -45,7 +46,8 @@ def train(ranks, run, factors, alone=False, lateness=0, resume=False):
     recipe = with_training(pipeline.read_recipe(run), guard=SPIKES)
     ranks = Ranks() if alone else ranks
     trainer = Trainer(recipe, run, pipeline.open_rows(run, recipe), resume=resume, ranks=ranks)
-    trainer.lateness = lateness
+    trainer.start()
+    trainer.steps_in_flight = in_flight
     history = []
 
     def faulty(gradient):
@@ -144,11 +146,11 @@ def test_faults_that_no_checkpoint_helps_stop_all_ranks(fresh):
     assert CheckpointFolder(run / "checkpoints").steps() == []
 
 
-def test_late_figures_change_nothing(fresh):
-    """As on an accelerator: the host reads a step's figures after the next step was launched."""
-    runs = {lateness: fresh(f"late-{lateness}") for lateness in (0, 1)}
-    for lateness, run in runs.items():
-        run_ranks(1, train, run, {5: float("nan")}, True, lateness)
+def test_late_observations_change_nothing(fresh):
+    """As on an accelerator: the host reads a step's numbers after the next step was launched."""
+    runs = {in_flight: fresh(f"late-{in_flight}") for in_flight in (0, 1)}
+    for in_flight, run in runs.items():
+        run_ranks(1, train, run, {5: float("nan")}, True, in_flight)
     assert equal(end(runs[0]), end(runs[1]))
     lines = []
     for run in runs.values():

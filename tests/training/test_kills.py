@@ -107,6 +107,7 @@ def flip_and_resume(ranks, run):
     lines = []
     recipe = pipeline.read_recipe(run)
     trainer = Trainer(recipe, run, pipeline.open_rows(run, recipe), resume=True, ranks=ranks, log=lines.append)
+    trainer.start()
     return trainer.step, lines
 
 

@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 
 from cognica_poe import pipeline
 from cognica_poe.errors import UserError
+from cognica_poe.training.build import build_model
 from cognica_poe.training.checkpoint import CheckpointFolder
 from cognica_poe.training.objective import Objective
-from cognica_poe.training.trainer import Trainer, build_model
+from cognica_poe.training.trainer import Trainer
 from tests.runs import small_recipe, write_texts
 
 STEPS = 24
@@ -104,6 +105,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(fresh):
     file.write_bytes(data)
     lines = []
     trainer = Trainer(recipe, run, rows, resume=True, log=lines.append)
+    trainer.start()
     assert trainer.step == 3
     assert any("model.safetensors" in line and "corrupt" in line for line in lines)
     with pytest.raises(UserError, match=r"model\.safetensors is corrupt"):
@@ -114,15 +116,26 @@ def test_a_run_is_not_overwritten_or_mixed(fresh, texts):
     recipe, run = fresh("run", steps=3)
     Trainer(recipe, run, pipeline.open_rows(run, recipe)).train()
     with pytest.raises(UserError, match="already holds"):
-        Trainer(recipe, run, pipeline.open_rows(run, recipe))
+        Trainer(recipe, run, pipeline.open_rows(run, recipe)).start()
     with pytest.raises(UserError, match="another recipe"):
         pipeline.prepare(small_recipe(texts, steps=99), run, lambda line: None, resume=True)
+
+
+def test_a_trainer_that_was_not_started_has_touched_nothing(fresh):
+    recipe, run = fresh("run", steps=3)
+    rows, before = pipeline.open_rows(run, recipe), sorted(run.rglob("*"))
+    trainer = Trainer(recipe, run, rows)
+    assert sorted(run.rglob("*")) == before and not hasattr(trainer, "model")
+    trainer.start()
+    assert trainer.step == 0 and trainer.model.training
+    trainer.train()  # does not start again
+    assert CheckpointFolder(run / "checkpoints").steps()[-1] == trainer.step == 3
 
 
 def test_flex_attention_is_refused_on_a_processor(fresh):
     recipe, run = fresh("run", steps=3, attention="flex_attention")
     with pytest.raises(UserError, match="trains on CUDA alone; use sdpa"):
-        Trainer(recipe, run, pipeline.open_rows(run, recipe))
+        Trainer(recipe, run, pipeline.open_rows(run, recipe)).start()
 
 
 def test_a_run_that_recomputes_activations_has_the_same_weights(fresh):
@@ -138,6 +151,7 @@ def test_a_run_that_recomputes_activations_has_the_same_weights(fresh):
 def test_a_non_finite_loss_stops_before_the_update(fresh):
     recipe, run = fresh("run")
     trainer = Trainer(recipe, run, pipeline.open_rows(run, recipe))
+    trainer.start()
     with torch.no_grad():
         trainer.model.transformer.h[0].mlp.c_fc.weight[0, 0] = float("nan")
     before = {name: p.clone() for name, p in trainer.model.named_parameters()}

@@ -1,4 +1,4 @@
-"""Which optimiser a parameter belongs to, and AdamW's settings: nanochat's groups (``model_facts`` section 9)."""
+"""Which optimiser a parameter belongs to, and AdamW's settings: nanochat's groups."""
 
 from __future__ import annotations
 

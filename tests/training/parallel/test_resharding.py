@@ -14,9 +14,10 @@ from cognica_poe.errors import TrainingStopped, UserError
 from cognica_poe.recipe.fields import RanksRecipe
 from cognica_poe.recipe.stored import save_recipe
 from cognica_poe.training import trainer as trainer_module
+from cognica_poe.training.build import build_model
 from cognica_poe.training.checkpoint import CheckpointFolder
 from cognica_poe.training.parallel.ranks import Ranks
-from cognica_poe.training.trainer import Trainer, build_model
+from cognica_poe.training.trainer import Trainer
 from tests.gloo import run_ranks
 from tests.runs import small_recipe, with_training, write_texts
 
@@ -61,8 +62,9 @@ def train(ranks, run, options=None, resume=False, until=None, dtype=torch.float3
             os.kill(os.getpid(), signal.SIGTERM)
 
     trainer = Trainer(recipe, run, pipeline.open_rows(run, recipe), resume=resume, progress=step_hook, ranks=ranks)
+    trainer.start()
     if beside:  # save as on an accelerator
-        trainer.saves_apart = ranks.in_background()
+        trainer.background = ranks.in_background()
     one_step = trainer._train_step
 
     def recorded():
@@ -187,7 +189,8 @@ def fill_the_disk(ranks, run):
     """Space ends at step 4; the error of that save arrives with the next one."""
     recipe = pipeline.read_recipe(run)
     trainer = Trainer(recipe, run, pipeline.open_rows(run, recipe), ranks=ranks)
-    trainer.saves_apart = ranks.in_background()
+    trainer.start()
+    trainer.background = ranks.in_background()
     write = trainer.checkpoints._write
 
     def full(partial, part, tensors):
