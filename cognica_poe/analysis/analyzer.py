@@ -171,7 +171,7 @@ def analyze(
         UserError: no validation data.
         ValueError: non-finite figures (the model diverged), a tokenizer that loses bytes.
     """
-    from cognica_poe.data.build import read_documents
+    from cognica_poe.data.manifest import read_documents
 
     started = time.perf_counter()
     part = validation_slice((document.text for document in read_documents(Path(data_dir), "val")), val_max_bytes)

@@ -75,7 +75,8 @@ def calibrate(checkpoint: Positional[Path], text: Path, tokens: int = 131_072, j
 
     from cognica_poe.analysis.analyzer import validation_slice
     from cognica_poe.analysis.wand import calibrate as calibrate_bounds
-    from cognica_poe.data.build import build, read_documents
+    from cognica_poe.data.build import build
+    from cognica_poe.data.manifest import read_documents
     from cognica_poe.data.tokenizer import load_tokenizer
 
     model, _ = load_model(str(checkpoint))

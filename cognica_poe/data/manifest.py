@@ -13,6 +13,7 @@ from cognica_poe.errors import UserError
 from cognica_poe.files import read_json, safe_name
 
 SPLITS = ("train", "val")
+"""Names of the splits, as shards and manifest have them."""
 
 
 class _Record(BaseModel):

@@ -1,4 +1,4 @@
-"""Which documents are validation: whole groups by hash, and what training text is too close to them."""
+"""Which documents train and which validate: whole groups by hash, and what training text is too close to the latter."""
 
 from __future__ import annotations
 
@@ -61,6 +61,38 @@ def choose_validation(groups: Mapping[str, Counter[str]], fraction: float, min_b
     return chosen
 
 
+def assign_splits(
+    groups: Mapping[str, Counter[str]],
+    given: Mapping[str, str],
+    *,
+    fraction: float,
+    min_bytes: int,
+    seed: int,
+    max_bytes: int | None = None,
+) -> dict[str, str]:
+    """Group to ``train`` or ``val``: as ``given`` where file names say so, else by ``choose_validation``.
+
+    ``groups`` maps a group to its bytes by source. Beyond ``max_bytes`` (of what is not given as validation) a sample
+    is kept by hash, the same part of every source; groups outside it are absent from the result. Raises UserError for
+    too little text.
+    """
+    pool = {key: sizes for key, sizes in groups.items() if given.get(key) != "val"}
+    if max_bytes is not None:
+        by_source: Counter[str] = Counter()
+        for sizes in pool.values():
+            by_source.update(sizes)
+        if by_source.total() > max_bytes:
+            wanted = {name: max_bytes / 1.1 * size / by_source.total() for name, size in by_source.items()}
+            kept = choose_groups(pool, wanted, seed, "sample")
+            pool = {key: pool[key] for key in kept}
+    if given:
+        if not pool or "val" not in given.values():
+            raise UserError("too little text: the training or the validation files hold no text of their own")
+        return {key: "val" for key, split in given.items() if split == "val"} | dict.fromkeys(pool, "train")
+    held = choose_validation(pool, fraction, min_bytes, seed)
+    return {key: "val" if key in held else "train" for key in pool}
+
+
 class NearDuplicates:
     """Finds texts that repeat a validation document: half of either's long lines are shared.
 
@@ -68,6 +100,7 @@ class NearDuplicates:
     """
 
     def __init__(self, validation: Iterable[str]) -> None:
+        """Index the long lines of the ``validation`` texts."""
         self._documents: list[int] = []
         self._where: dict[str, list[int]] = defaultdict(list)
         for number, text in enumerate(validation):

@@ -29,17 +29,23 @@ SPECIAL_TOKENS = (
     "<|output_start|>",
     "<|output_end|>",
 )
+"""Behind the byte and merge tokens in the vocabulary, in this order."""
 BOS = SPECIAL_TOKENS[0]
 SPLIT_PATTERN = (  # GPT-4's, with digit groups of one or two
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
-MAX_VOCAB = 65536  # packed rows are uint16
+MAX_VOCAB = 65536
+"""Most token ids: packed rows are uint16."""
 _LONG_TEXT = 20000  # characters
 _LONG_SPACE = re.compile(r"\s{20000}")  # tiktoken's regular expressions run out of stack on much longer runs
 
 
 class Tokenizer:
-    """A saved tokenizer: exact ids, fast bulk encoding, true byte lengths."""
+    """A saved tokenizer: exact ids, fast bulk encoding, true byte lengths.
+
+    ``bos_id`` starts every document, ``special_ids`` maps the name of a special token to its id, ``vocab_size`` is V,
+    ``sha256`` (of ``tokenizer.json``) the tokenizer's identity.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Load ``folder/tokenizer.json``. Raises UserError if it is missing or no byte-level BPE with a BOS."""
@@ -99,23 +105,19 @@ class Tokenizer:
             return np.array(self.reference_encode(text), dtype=np.uint16)
         return self._fast.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
 
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The exact bytes behind ``ids``; special tokens give none."""
-        return b"".join(self._bytes[index] for index in ids)
-
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         """Text of ``ids``; bytes that are not valid UTF-8 become U+FFFD."""
         names = {} if skip_special_tokens else {index: name.encode() for name, index in self.special_ids.items()}
         return b"".join(names.get(int(i), self._bytes[i]) for i in ids).decode("utf-8", errors="replace")
 
     def reference_encode(self, text: str) -> list[int]:
-        """What ``encode`` gives, by the ``tokenizers`` library: slow, the oracle of the tests."""
+        """What ``encode`` gives, by the ``tokenizers`` library: slow; for texts with very long white space."""
         self._backend.encode_special_tokens = True  # names of special tokens are text here too
         return self._backend.encode(text, add_special_tokens=False).ids
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Load a tokenizer folder (or the folder of the given ``tokenizer.json``)."""
+    """Load a tokenizer folder (or the folder of the given ``tokenizer.json``). Raises UserError as ``Tokenizer``."""
     path = Path(path)
     return Tokenizer(path.parent if path.name == "tokenizer.json" else path)
 

@@ -4,7 +4,8 @@ import random
 import pytest
 
 from cognica_poe.analysis.baseline import baseline_for, xz_baseline
-from cognica_poe.data.build import build, load_manifest
+from cognica_poe.data.build import build
+from cognica_poe.data.manifest import load_manifest
 from cognica_poe.errors import UserError
 
 

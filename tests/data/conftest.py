@@ -1,49 +1,13 @@
-"""A small corpus of made-up words in several scripts, built and tokenized once."""
+"""A small corpus, built and tokenized once."""
 
 import random
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from cognica_poe.data.build import build
 from cognica_poe.data.tokenizer import train_tokenizer
-
-SYLLABLES = (
-    "ba",
-    "ko",
-    "mi",
-    "ra",
-    "té",
-    "lu",
-    "shi",
-    "on",
-    "per",
-    "zu",
-    "日",
-    "本",
-    "한국",
-    "ña",
-    "wo",
-    "42",
-    "7",
-    "_x",
-)
-
-
-def made_up_text(rng: random.Random, words: int) -> str:
-    """Words of few syllables, so that merges and repetitions exist; lines of unequal length."""
-    parts = []
-    for _ in range(words):
-        parts.append("".join(rng.choice(SYLLABLES) for _ in range(rng.randint(1, 3))))
-        parts.append(rng.choice([" ", " ", " ", ", ", ".\n", "\n    "]))
-    return "".join(parts).strip() + "\n"
-
-
-def write_parquet(file, rows):
-    names = list(rows[0])
-    file.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table({name: [row[name] for row in rows] for name in names}), file)
+from tests.data.corpora import made_up_text, write_parquet
 
 
 @pytest.fixture(scope="session")

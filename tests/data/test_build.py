@@ -1,31 +1,14 @@
 import json
-import random
 import shutil
-from collections import Counter
 
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from cognica_poe.data.build import build, load_manifest, read_documents
-from cognica_poe.data.split import NearDuplicates, choose_validation
+from cognica_poe.data.build import build
+from cognica_poe.data.manifest import load_manifest, read_documents
 from cognica_poe.errors import UserError
 from cognica_poe.files import sha256_file, verify_manifest
-from tests.data.conftest import made_up_text, write_parquet
-
-
-def texts(count, words=40, seed=0):
-    rng = random.Random(seed)
-    return [made_up_text(rng, words) for _ in range(count)]
-
-
-def small(source, out, **changes):
-    return build(source, out, **{"val_fraction": 0.1, "val_min_bytes": 100, **changes})
-
-
-def origins(folder, split):
-    return [document.origin for document in read_documents(folder, split)]
+from tests.data.corpora import origins, small, texts, write_parquet
 
 
 def test_manifest_accounts_for_everything(corpus, data_dir):
@@ -108,104 +91,6 @@ def test_groups_are_never_parted(tmp_path):
     assert sides[0] | sides[1] == set(group_of.values()) and not sides[0] & sides[1]
 
 
-def test_file_names_decide_the_split(tmp_path):
-    for name, seed in (("web-train", 1), ("web-val", 2), ("books-train", 3)):
-        write_parquet(tmp_path / "in" / f"{name}.parquet", [{"text": t} for t in texts(10, seed=seed)])
-    (tmp_path / "in" / "README.md").write_text("not corpus")
-    manifest = small(tmp_path / "in", tmp_path / "out")
-    assert sorted(origins(tmp_path / "out", "val")) == [f"web-val.parquet#{i}" for i in range(10)]
-    assert manifest.splits["train"].documents == 20
-    assert {s.name for s in manifest.sources} == {"web", "books"}
-
-
-@pytest.mark.parametrize(
-    ("train", "val", "test"),
-    [
-        ("train-00000-of-00012", "validation-00000-of-00001", "test-00000-of-00001"),
-        ("data/train-00001-of-00012-6ef3991c06080e14", "data/validation-00000-of-00001-0123456789abcdef", "data/test"),
-        ("en/train/0000", "en/validation/0000", "en/test/0000"),
-        ("x-train", "x-dev", "x_test.3"),
-        ("train", "valid-0", "test-0"),
-        ("train.00", "eval.00", "test.00"),
-        ("train/a", "dev/a", "test/a"),
-    ],
-)
-def test_splits_as_others_name_them(train, val, test, tmp_path):
-    root = tmp_path / "in"
-    for seed, name in enumerate((train, val, test)):
-        write_parquet(root / f"{name}.parquet", [{"text": text} for text in texts(10, seed=seed)])
-    lines = []
-    manifest = small(root, tmp_path / "out", log=lines.append)
-    for split, name in (("train", train), ("val", val)):
-        assert sorted(origins(tmp_path / "out", split)) == [f"{name}.parquet#{i}" for i in range(10)]
-    assert manifest.documents == 20 and manifest.dropped == {"test split": 10}
-    assert "data: 1 files of a test split are left out" in lines
-    (root / f"{val}.parquet").unlink()
-    manifest = small(root, tmp_path / "cut")  # validation is cut from the training files
-    assert manifest.documents == 10 and manifest.dropped == {"test split": 10}
-    assert {o.split("#")[0] for split in ("train", "val") for o in origins(tmp_path / "cut", split)} == {
-        f"{train}.parquet"
-    }
-
-
-def test_text_folders_named_as_splits_need_a_folder_train(tmp_path):
-    root = tmp_path / "in"
-    for number, text in enumerate(texts(30)):
-        file = root / ("lib", "test", "dev")[number % 3] / f"{number}.py"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
-    assert small(root, tmp_path / "code").documents == 30
-    (root / "lib").rename(root / "train")
-    manifest = small(root, tmp_path / "out")
-    assert manifest.splits["train"].documents == manifest.splits["val"].documents == 10
-    assert manifest.dropped == {"test split": 10}
-    assert {o.split("/")[0] for o in origins(tmp_path / "out", "train")} == {"train"}
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["all", "contest", "testing", "test-a", "testament", "Test", "training", "train-x-of-2", "latest", "devs", "0"],
-)
-def test_other_names_are_parted_like_any(name, tmp_path):
-    write_parquet(tmp_path / "in" / f"{name}.parquet", [{"text": text} for text in texts(20)])
-    manifest = small(tmp_path / "in", tmp_path / "out")
-    assert manifest.documents == 20 and manifest.dropped == {} and manifest.splits["val"].documents
-    assert [source.name for source in manifest.sources] == [name]
-
-
-def test_jsonl_files(tmp_path):
-    folder = tmp_path / "in"
-    folder.mkdir()
-    lines = [json.dumps({"text": text, "language": "de", "extra": 1}) for text in texts(20)]
-    (folder / "notes-train.jsonl").write_text("\n".join(lines[:15]) + "\n\n")
-    (folder / "notes-val.jsonl").write_text("\n".join(lines[15:]) + "\n" + json.dumps("a bare string"))
-    manifest = small(folder, tmp_path / "out")
-    assert manifest.splits["val"].documents == 6 and manifest.splits["train"].documents == 15
-    assert {d.language for d in read_documents(tmp_path / "out", "train")} == {"de"}
-    assert {d.source for d in read_documents(tmp_path / "out", "val")} == {"notes"}
-
-
-def test_text_files(tmp_path):
-    folder = tmp_path / "in"
-    for number, text in enumerate(texts(30)):
-        file = folder / ("poems" if number % 2 else "prose") / f"{number}{('.txt', '.md', '.py')[number % 3]}"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(text.replace("\n", "\r\n").encode("utf-8-sig" if number == 0 else "utf-8"))
-    (folder / ".hidden.txt").write_text("hidden")
-    manifest = small(folder, tmp_path / "out")
-    assert manifest.documents == 30
-    found = [d for split in ("train", "val") for d in read_documents(tmp_path / "out", split)]
-    assert {d.source for d in found} == {"poems", "prose"}
-    assert {d.language for d in found} == {"code", "und"}
-    assert sorted(d.text for d in found) == sorted(texts(30))
-    assert "prose/0.txt" in {d.origin for d in found}
-
-
-def test_one_file_is_enough(tmp_path):
-    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in texts(20)))
-    assert small(tmp_path / "a.jsonl", tmp_path / "out").documents == 20
-
-
 def test_duplicates_and_unusable_texts_are_dropped_and_counted(tmp_path):
     wanted = texts(30)
     rows = [*wanted, wanted[0], wanted[1] + "\n\n", "  \n", None, "nul\0byte"]
@@ -230,20 +115,6 @@ def test_training_text_that_repeats_validation_is_dropped(tmp_path):
     assert manifest.dropped == {"duplicate": 1, "near-duplicate of validation": 2}
 
 
-@settings(max_examples=50, deadline=None)
-@given(st.lists(st.sets(st.integers(0, 12), max_size=12), min_size=1, max_size=6), st.sets(st.integers(0, 12)))
-def test_near_duplicates_agree_with_the_definition(validation, candidate):
-    def text(numbers):
-        return "\n".join(f"{n:02d}" * 25 for n in sorted(numbers))
-
-    shared = candidate & set().union(*validation)
-    expected = len(shared) >= 3 and (
-        2 * len(shared) >= len(candidate)
-        or any(len(candidate & v) >= 3 and 2 * len(candidate & v) >= len(v) for v in validation)
-    )
-    assert (text(candidate) in NearDuplicates(map(text, validation))) == expected
-
-
 def test_max_bytes_takes_a_sample_of_every_source(corpus, tmp_path):
     whole = small(corpus, tmp_path / "whole")
     part = small(corpus, tmp_path / "part", max_bytes=whole.bytes // 3)
@@ -253,71 +124,12 @@ def test_max_bytes_takes_a_sample_of_every_source(corpus, tmp_path):
 
 
 def test_larger_corpora_get_several_shards(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr("cognica_poe.data.build._SHARD_BYTES", 20_000)
-    monkeypatch.setattr("cognica_poe.data.build._FLUSH_BYTES", 5_000)
+    monkeypatch.setattr("cognica_poe.data.shards._SHARD_BYTES", 20_000)
+    monkeypatch.setattr("cognica_poe.data.spool._FLUSH_BYTES", 5_000)
     manifest = small(corpus, tmp_path / "out")
     shards = [shard for shard in manifest.shards if shard.split == "train"]
     assert len(shards) > 3 and sum(shard.documents for shard in shards) == manifest.splits["train"].documents
     assert len(origins(tmp_path / "out", "train")) == len(set(origins(tmp_path / "out", "train")))
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(1, 1000), min_size=10, max_size=60), st.floats(0.01, 0.4), st.integers(0, 5))
-def test_validation_is_at_least_the_minimum_or_refused(sizes, fraction, seed):
-    groups = {f"g{i}": Counter({f"s{i % 3}": size}) for i, size in enumerate(sizes)}
-    try:
-        chosen = choose_validation(groups, fraction, 50, seed)
-    except UserError:
-        # only where whole documents cannot make it
-        assert max(sizes) > sum(sizes) / 10 or sum(sizes) < 1000
-        return
-    held = sum(sizes[int(key[1:])] for key in chosen)
-    assert 50 <= held <= sum(sizes) / 2 + 1
-
-
-def bad_parquet(folder):
-    (folder / "a.parquet").write_bytes(b"PAR1 this is not parquet PAR1")
-
-
-def cut_parquet(folder):
-    write_parquet(folder / "a.parquet", [{"text": t} for t in texts(50)])
-    data = (folder / "a.parquet").read_bytes()
-    (folder / "a.parquet").write_bytes(data[: len(data) // 2])
-
-
-MISTAKES = {
-    "is empty": lambda f: None,
-    "no supported files": lambda f: (f / "a.doc").write_text("x"),
-    r"a\.txt is a binary file": lambda f: (f / "a.txt").write_bytes(b"abc\0def"),
-    r"a\.txt is not UTF-8 text \(byte 2\)": lambda f: (f / "a.txt").write_bytes(b"ab\xff\xfe"),
-    r"a\.parquet has no column 'text' \(columns: body\)": lambda f: write_parquet(f / "a.parquet", [{"body": "x"}]),
-    "holds int64, not strings": lambda f: write_parquet(f / "a.parquet", [{"text": 1}]),
-    r"a\.parquet is not a readable parquet": bad_parquet,
-    r"a\.parquet is not a readable": cut_parquet,
-    r"a\.jsonl line 2 is not valid JSON": lambda f: (f / "a.jsonl").write_text('{"text": "x"}\n{"text": \n'),
-    r"a\.jsonl line 1 has no string 'text'": lambda f: (f / "a.jsonl").write_text('{"body": "x"}\n'),
-    "line 1 has no string": lambda f: (f / "a.jsonl").write_text('{"text": 7}\n'),
-    "line 1 is not valid": lambda f: (f / "a.jsonl").write_bytes(b'{"text": "\xff"}\n'),
-    "holds no text at all": lambda f: (f / "a.txt").write_text("  \n"),
-    "too little text for a validation split": lambda f: (f / "a.txt").write_text("alone"),
-    "holds validation files only": lambda f: write_parquet(f / "a-val.parquet", [{"text": "x"}]),
-    "holds test files only": lambda f: write_parquet(f / "test-00000-of-00001.parquet", [{"text": "x"}]),
-    "holds validation and test files only": lambda f: (
-        write_parquet(f / "dev.parquet", [{"text": "x"}]),
-        write_parquet(f / "test" / "a.parquet", [{"text": "y"}]),
-    ),
-}
-
-
-@pytest.mark.parametrize("message", MISTAKES)
-def test_mistakes_are_named_and_leave_nothing_behind(message, tmp_path):
-    folder = tmp_path / "in"
-    folder.mkdir()
-    MISTAKES[message](folder)
-    with pytest.raises(UserError, match=message) as caught:
-        small(folder, tmp_path / "out")
-    assert "\n" not in str(caught.value)
-    assert [p.name for p in tmp_path.iterdir()] == ["in"]
 
 
 def test_other_mistakes(corpus, data_dir, tmp_path):

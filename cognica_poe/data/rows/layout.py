@@ -7,7 +7,7 @@ from bisect import bisect_right, insort
 import numpy as np
 
 
-def plan_rows(
+def lay_out_rows(
     lengths: np.ndarray, row_len: int, order: np.ndarray | None = None, heads: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Decide what every row holds: (first [rows + 1], document, start, length [fragments]), all int64.

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from cognica_poe.data.manifest import DataManifest, load_manifest, read_documents
-from cognica_poe.data.rows.layout import plan_rows
+from cognica_poe.data.rows.layout import lay_out_rows
 from cognica_poe.data.tokenizer import Tokenizer
 from cognica_poe.errors import UserError
 from cognica_poe.files import disk_errors, read_json, require_space, write_json
@@ -29,6 +29,7 @@ from cognica_poe.files import disk_errors, read_json, require_space, write_json
 _VERSION = 2  # of the algorithm; part of the fingerprint
 _BATCH = 256  # documents encoded at a time
 CASES = ("as is", "lower", "upper")
+"""Letter case of a document in the rows of an epoch."""
 _LOWER_SHARE = 0.8
 
 
@@ -154,7 +155,7 @@ def pack(
             lengths = _encode_all(data_dir, split, tokenizer, case, flat)
             order = np.argsort(random_bits(documents, seed, epoch, "documents"), kind="stable") if training else None
             heads = (random_bits(documents, seed, epoch, "heads") & np.uint64(1)).astype(bool) if training else None
-            first, document, start, length = plan_rows(lengths, row_len, order, heads)
+            first, document, start, length = lay_out_rows(lengths, row_len, order, heads)
             if len(first) < 2:
                 raise UserError(
                     f"too little text for one row of {row_len}: the {split} split has {lengths.sum():,} tokens; "
@@ -244,11 +245,11 @@ def _write_rows(
             file.flush()
             os.fsync(file.fileno())
         row_file(out_dir, split, epoch, ".json").unlink(missing_ok=True)  # the old rows no longer count
-        for suffix, file in partial.items():
-            os.replace(file, row_file(out_dir, split, epoch, suffix))
+        for suffix, finished in partial.items():
+            os.replace(finished, row_file(out_dir, split, epoch, suffix))
     finally:
-        for file in partial.values():
-            file.unlink(missing_ok=True)
+        for leftover in partial.values():
+            leftover.unlink(missing_ok=True)
 
 
 def _complete(out_dir: Path, facts: PackedRows) -> bool:

@@ -97,7 +97,7 @@ class Rows:
 
     def documents(self, step: int, rows_per_step: int) -> list[RowDocument]:
         """What the rows of a step hold, in their order."""
-        found = []
+        found: list[RowDocument] = []
         indices: dict[int, packing.RowIndex] = {}
         for i, (epoch, row) in enumerate(self._step_rows(step, rows_per_step)):
             self._epoch(epoch)
@@ -120,7 +120,7 @@ class Rows:
         if step < 0 or rows_per_step < 1:
             raise UserError(f"step {step} must not be negative and rows_per_step {rows_per_step} must be positive")
         epoch, place = self.locate(step * rows_per_step)
-        found = []
+        found: list[tuple[int, int]] = []
         while len(found) < rows_per_step:
             if place == self.rows_per_epoch(epoch):
                 epoch, place = epoch + 1, 0

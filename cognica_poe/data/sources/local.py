@@ -10,26 +10,30 @@ from pathlib import Path
 from cognica_poe.data.documents import Document
 from cognica_poe.errors import UserError
 
-TABLES = (".parquet", ".jsonl")
-TEXTS = (".txt", ".md", ".py")
+ROW_FILES = (".parquet", ".jsonl")
+"""Endings of files that hold a document per row."""
+TEXT_FILES = (".txt", ".md", ".py")
+"""Endings of files that are a document each."""
+_COLUMNS = ("text", "source", "language", "origin", "group")
 _SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(("val", "validation", "valid", "dev", "eval"), "val")
 _SPLIT_NAME = re.compile(  # x-val, train_3, and as the Hub names its files: test-00000-of-00001[-0123456789abcdef]
     rf"(?:^|[-_.])({'|'.join(_SPLITS)})(?:[-_.]\d+(?:-of-\d+(?:-[0-9a-f]{{16}})?)?)?$"
 )
-UNKNOWN_LANGUAGE = "und"  # ISO 639-2: undetermined
+UNKNOWN_LANGUAGE = "und"
+"""ISO 639-2: undetermined."""
 
 
 def local_files(path: Path) -> list[Path]:
     """Supported files of a folder (or the one file given), validation files first.
 
-    Text files beside tables are readmes and licences, not corpus: they are left out.
+    Text files beside files of rows are readmes and licences, not corpus: they are left out.
     Raises UserError if the path is missing or holds nothing that can be read.
     """
     if not path.exists():
         raise UserError(f"no mix and no file or folder is called {path}; name a mix, or a path that exists")
     if path.is_file():
-        if path.suffix.lower() not in TABLES + TEXTS:
-            raise UserError(f"cannot read {path}: supported are {', '.join(TABLES + TEXTS)}")
+        if path.suffix.lower() not in ROW_FILES + TEXT_FILES:
+            raise UserError(f"cannot read {path}: supported are {', '.join(ROW_FILES + TEXT_FILES)}")
         return [path]
     visible = [
         file
@@ -37,34 +41,37 @@ def local_files(path: Path) -> list[Path]:
         if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)
     ]
     if not visible:
-        raise UserError(f"folder {path} is empty; put {', '.join(TABLES + TEXTS)} files into it")
-    for kinds in (TABLES, TEXTS):
+        raise UserError(f"folder {path} is empty; put {', '.join(ROW_FILES + TEXT_FILES)} files into it")
+    for kinds in (ROW_FILES, TEXT_FILES):
         files = [file for file in visible if file.suffix.lower() in kinds]
         if files:
             return sorted(files, key=lambda file: (explicit_split(file, path) != "val", file))
-    raise UserError(f"folder {path} holds no supported files; supported are {', '.join(TABLES + TEXTS)}")
+    raise UserError(f"folder {path} holds no supported files; supported are {', '.join(ROW_FILES + TEXT_FILES)}")
 
 
 def explicit_split(file: Path, root: Path) -> str | None:
-    """``train``, ``val`` or ``test`` where the name of a table says so, else the nearest such folder below ``root``.
+    """``train``, ``val`` or ``test`` where the name of a file of rows says so, else its nearest folder so named.
 
     Names end in the split, a shard number may follow: ``x-val.parquet``, ``test-00000-of-00001.parquet``; ``dev``,
     ``valid``, ``eval`` and ``validation`` are ``val`` too. Text files are told apart by folders alone, and only where
     ``root`` has a folder ``train``: a folder ``test`` among sources is code like any other. Else None.
     """
     folders = file.relative_to(root).parts[:-1] if root.is_dir() else ()
-    if file.suffix.lower() in TABLES:
+    if file.suffix.lower() in ROW_FILES:
         found = _SPLIT_NAME.search(file.stem)
         return _SPLITS[found[1]] if found else next((_SPLITS[name] for name in folders[::-1] if name in _SPLITS), None)
     return _SPLITS.get(folders[0]) if folders and (root / "train").is_dir() else None
 
 
 def read_file(file: Path, root: Path, dropped: Callable[[str], None]) -> Iterator[Document]:
-    """Documents of one file; ``dropped(reason)`` counts rows without text. Raises UserError naming file and line."""
+    """Documents of one file; ``dropped(reason)`` counts rows without text.
+
+    Raises UserError naming the file, and where there are any the line or column, for what cannot be read.
+    """
     name = file.relative_to(root).as_posix() if root.is_dir() else file.name
     source = _SPLIT_NAME.sub("", file.stem) or (root.name if root.is_dir() else file.stem)
     kind = file.suffix.lower()
-    if kind in TEXTS:
+    if kind in TEXT_FILES:
         yield Document(_read_text(file), _text_source(file, root), "code" if kind == ".py" else UNKNOWN_LANGUAGE, name)
         return
     rows = _parquet_rows(file) if kind == ".parquet" else _jsonl_rows(file)
@@ -109,7 +116,7 @@ def _parquet_rows(file: Path) -> Iterator[dict[str, str | None]]:
             kind = schema.field("text").type
             if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
                 raise UserError(f"column 'text' of {file} holds {kind}, not strings; convert it")
-            known = [name for name in ("text", "source", "language", "origin", "group") if name in schema.names]
+            known = [name for name in _COLUMNS if name in schema.names]
             for batch in parquet.iter_batches(batch_size=256, columns=known):
                 yield from batch.to_pylist()
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -130,7 +137,4 @@ def _jsonl_rows(file: Path) -> Iterator[dict[str, str | None]]:
             if not isinstance(row, dict) or "text" not in row or not isinstance(row["text"], str | None):
                 raise UserError(f"{file} line {number} has no string 'text'; each line is an object such as "
                                 '{"text": "..."}')  # fmt: skip
-            yield {name: None if value is None else str(value) for name, value in row.items() if name in _FIELDS}
-
-
-_FIELDS = ("text", "source", "language", "origin", "group")
+            yield {name: None if value is None else str(value) for name, value in row.items() if name in _COLUMNS}

@@ -19,11 +19,15 @@ import tokenize
 import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, cast
 
 from cognica_poe.data.documents import Document, text_problem
 from cognica_poe.errors import UserError
 
-LICENCES = {
+if TYPE_CHECKING:
+    from email.message import Message
+
+LICENCES = {  # by source
     "pydoc": "PSF-2.0",
     "docstrings": "PSF-2.0",
     "library": "PSF-2.0",
@@ -36,6 +40,7 @@ _SKIPPED_FOLDERS = {
 _SKIPPED_FILES = re.compile(r"_sysconfigdata.*|__hello__|token|keyword|symbol|stringprep|entities|.*_d")
 _TOO_REPETITIVE = 0.16  # compressed share below which a file is a table or boilerplate
 _SHORTEST = 200  # bytes; below this a file holds little but an import
+_Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def collect() -> Iterator[Document]:
@@ -106,7 +111,7 @@ def _package_documents() -> Iterator[Document]:
 
     found: dict[str, Document] = {}
     for distribution in metadata.distributions():
-        about = distribution.metadata
+        about = cast("Message", distribution.metadata)  # what it is; the annotation promises less
         name, version = about.get("Name"), about.get("Version")
         text = str(about.get_payload() or about.get("Description") or "")
         text = text.replace("\r\n", "\n").replace("\r", "\n").strip() + "\n"
@@ -131,12 +136,13 @@ def split_docstrings(source: str, path: PurePosixPath) -> tuple[str, str]:
         if not ast.get_docstring(node, clean=False):
             continue
         statement = node.body[0]
+        last_line = statement.end_lineno or statement.lineno
         before = lines[statement.lineno - 1].encode()[: statement.col_offset]
-        after = lines[statement.end_lineno - 1].encode()[statement.end_col_offset :]
+        after = lines[last_line - 1].encode()[statement.end_col_offset :]
         if before.strip() or after.strip() or (len(node.body) == 1 and not isinstance(node, ast.Module)):
             continue
-        dropped.update(range(statement.lineno, statement.end_lineno + 1))
-        text = ast.get_docstring(node).strip()
+        dropped.update(range(statement.lineno, last_line + 1))
+        text = (ast.get_docstring(node) or "").strip()
         sections.append(text if isinstance(node, ast.Module) else f"{_signature(node, name)}\n{_indent(text)}")
     if len(sections) == 1:
         return source, ""
@@ -144,14 +150,15 @@ def split_docstrings(source: str, path: PurePosixPath) -> tuple[str, str]:
     return code.strip("\n") + "\n", "\n\n".join(section for section in sections if section) + "\n"
 
 
-def _walk(node: ast.AST, prefix: str) -> Iterator[tuple[ast.AST, str]]:
+def _walk(node: ast.AST, prefix: str) -> Iterator[tuple[ast.Module | _Definition, str]]:
     """Module, classes and functions in the order of the file, with their dotted names."""
-    yield node, prefix
+    if isinstance(node, ast.Module | _Definition):
+        yield node, prefix
     for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        if isinstance(child, _Definition):
             yield from _walk(child, f"{prefix}.{child.name}" if prefix else child.name)
         elif isinstance(child, ast.If | ast.Try | ast.With):
-            yield from (pair for pair in _walk(child, prefix) if pair[0] is not child)
+            yield from _walk(child, prefix)
 
 
 def _module_name(path: PurePosixPath) -> str:
@@ -159,7 +166,7 @@ def _module_name(path: PurePosixPath) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def _signature(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, name: str) -> str:
+def _signature(node: _Definition, name: str) -> str:
     if isinstance(node, ast.ClassDef):
         bases = ", ".join(ast.unparse(base) for base in node.bases)
         return f"class {name}({bases})" if bases else f"class {name}"

@@ -9,17 +9,17 @@ from hypothesis import strategies as st
 from cognica_poe.data.build import build
 from cognica_poe.data.manifest import read_documents
 from cognica_poe.data.rows import packing
-from cognica_poe.data.rows.layout import plan_rows
+from cognica_poe.data.rows.layout import lay_out_rows
 from cognica_poe.data.rows.packing import apply_case, load_index, pack, random_bits, row_file
 from cognica_poe.errors import UserError
-from tests.data.conftest import made_up_text, write_parquet
+from tests.data.corpora import made_up_text, write_parquet
 
 lengths_of_documents = st.lists(st.integers(1, 100), min_size=1, max_size=80)
 
 
 def check_plan(lengths, row_len, order=None, heads=None):
     """Every invariant of a plan, the slow and obvious way; returns the tokens kept."""
-    first, document, start, length = plan_rows(np.array(lengths), row_len, order, heads)
+    first, document, start, length = lay_out_rows(np.array(lengths), row_len, order, heads)
     pieces = {number: [] for number in range(len(lengths))}
     for row in range(len(first) - 1):
         used = 1  # a row is BOS, text, BOS, text ...
@@ -50,24 +50,24 @@ def test_plans_keep_their_promises(lengths, row_len, seed):
 
 def test_documents_that_fit_are_seldom_cut():
     lengths = np.random.default_rng(0).integers(5, 400, 3000)
-    _, document, _, length = plan_rows(lengths, 257)
+    _, document, _, length = lay_out_rows(lengths, 257)
     check_plan(lengths.tolist(), 257)
     cut = np.unique(document[length < lengths[document]])
     assert (lengths[cut] < 257).sum() < 0.03 * len(lengths)
 
 
 def test_long_documents_are_cut_into_full_rows_and_one_rest():
-    _, document, start, length = plan_rows(np.array([1000, 23]), 257)
+    _, document, start, length = lay_out_rows(np.array([1000, 23]), 257)
     mine = sorted((int(s), int(n)) for d, s, n in zip(document, start, length, strict=True) if d == 0)
     assert mine[:3] == [(0, 256), (256, 256), (512, 256)]
     heads = np.array([True, False])
-    _, document, start, length = plan_rows(np.array([1000, 23]), 257, None, heads)
+    _, document, start, length = lay_out_rows(np.array([1000, 23]), 257, None, heads)
     mine = sorted((int(s), int(n)) for d, s, n in zip(document, start, length, strict=True) if d == 0)
     assert mine[-3:] == [(232, 256), (488, 256), (744, 256)]
 
 
 def test_an_exact_fit_is_preferred():
-    first, document, _, _ = plan_rows(np.array([5, 3, 2, 2]), 10)  # BOS 5 BOS 3 fills a row of ten
+    first, document, _, _ = lay_out_rows(np.array([5, 3, 2, 2]), 10)  # BOS 5 BOS 3 fills a row of ten
     assert document[first[0] : first[1]].tolist() == [0, 1]
 
 

@@ -1,16 +1,14 @@
 import sys
 import types
-from dataclasses import replace
 
 import pytest
 
-from cognica_poe.data.build import MIXES, build, read_documents
-from cognica_poe.data.sources.hub import FRONTIER_V1, Mix, Source, as_text, load_mix, save_mix, unpinned
+from cognica_poe.data.build import build
+from cognica_poe.data.manifest import read_documents
+from cognica_poe.data.mixes import FRONTIER_V1, load_mix, save_mix
+from cognica_poe.data.sources.hub import as_text
 from cognica_poe.errors import UserError
-from cognica_poe.files import read_json, write_json
-from tests.data.test_build import texts
-
-PIN = "0123456789abcdef" * 2 + "01234567"
+from tests.data.corpora import PIN, pair_of_sources, texts
 
 
 class Stream(list):
@@ -37,33 +35,15 @@ def hub(monkeypatch):
     return calls
 
 
-def mix(**changes):
-    web = Source("web", "org/web", 0.75, "MIT", revision=PIN, id_column="id")
-    chats = Source("chats", "org/chats", 0.25, "CC0-1.0", revision=PIN, text_column="data")
-    return Mix("pair", (replace(web, **changes), chats))
-
-
-def test_frontier_v1_is_the_mix_of_the_card():
-    shares = {source.name: source.share for source in MIXES["frontier_v1"].sources}
-    assert len(shares) == 11
-    assert list(shares.values()) == [0.335, 0.241, 0.157, 0.052, 0.052, 0.042, 0.042, 0.042, 0.021, 0.010, 0.006]
-    assert sum(shares.values()) == pytest.approx(1)
-    culturax = next(source for source in FRONTIER_V1.sources if source.name == "culturax")
-    assert culturax.languages == ("ko", "zh", "ja", "es", "fr")
-    assert all(source.licence and source.dataset.count("/") == 1 for source in FRONTIER_V1.sources)
-
-
 def test_an_unpinned_mix_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"no pinned revision for: fineweb-edu, .*openhermes"):
         build("frontier_v1", tmp_path / "out", max_bytes=10**6)
-    assert unpinned(mix(revision="main")) == ["web"]
-    assert unpinned(mix()) == []
 
 
 def test_mix_files(tmp_path, hub):
     save_mix(FRONTIER_V1, tmp_path / "m.json")
     assert load_mix(tmp_path / "m.json") == FRONTIER_V1
-    save_mix(mix(), tmp_path / "m.json")
+    save_mix(pair_of_sources(), tmp_path / "m.json")
     manifest = build(tmp_path / "m.json", tmp_path / "out", val_min_bytes=1000, max_bytes=40_000)
     assert manifest.mix == "pair"
     web, chats = manifest.sources
@@ -77,7 +57,10 @@ def test_mix_files(tmp_path, hub):
 
 
 def test_scripted_datasets_are_read_from_their_files(hub, tmp_path):
-    save_mix(mix(files="{config}/train/*.parquet", configs=("a", "b"), languages=("en", "fr")), tmp_path / "m.json")
+    save_mix(
+        pair_of_sources(files="{config}/train/*.parquet", configs=("a", "b"), languages=("en", "fr")),
+        tmp_path / "m.json",
+    )
     manifest = build(tmp_path / "m.json", tmp_path / "out", val_min_bytes=1000, max_bytes=40_000)
     assert [call[0] for call in hub[:2]] == ["parquet", "parquet"]
     patterns = [call[2]["data_files"]["train"] for call in hub[:2]]
@@ -86,7 +69,7 @@ def test_scripted_datasets_are_read_from_their_files(hub, tmp_path):
 
 
 def test_a_hub_mix_needs_a_size(tmp_path, hub):
-    save_mix(mix(), tmp_path / "m.json")
+    save_mix(pair_of_sources(), tmp_path / "m.json")
     with pytest.raises(UserError, match="needs max_bytes"):
         build(tmp_path / "m.json", tmp_path / "out")
 
@@ -99,7 +82,7 @@ def test_a_hub_mix_needs_a_size(tmp_path, hub):
     ],
 )
 def test_hub_failures(changes, message, tmp_path, hub):
-    save_mix(mix(**changes), tmp_path / "m.json")
+    save_mix(pair_of_sources(**changes), tmp_path / "m.json")
     with pytest.raises(UserError, match=message):
         build(tmp_path / "m.json", tmp_path / "out", max_bytes=40_000)
     assert not (tmp_path / "out").exists()
@@ -107,24 +90,9 @@ def test_hub_failures(changes, message, tmp_path, hub):
 
 def test_without_the_datasets_library(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    save_mix(mix(), tmp_path / "m.json")
+    save_mix(pair_of_sources(), tmp_path / "m.json")
     with pytest.raises(UserError, match=r"pip install 'cognica-poe\[datasets\]'"):
         build(tmp_path / "m.json", tmp_path / "out", max_bytes=40_000)
-
-
-def test_bad_mix_files(tmp_path):
-    file = tmp_path / "m.json"
-    save_mix(mix(share=0.5), file)
-    with pytest.raises(UserError, match=r"add up to 1, not 0\.75"):
-        load_mix(file)
-    described = read_json(file)
-    described["sources"][0]["colour"] = "blue"
-    write_json(file, described)
-    with pytest.raises(UserError, match="unknown field 'colour'"):
-        load_mix(file)
-    write_json(file, {"name": "x"})
-    with pytest.raises(UserError, match="is not a mix"):
-        load_mix(file)
 
 
 def test_conversations_become_text():
