@@ -252,7 +252,7 @@ def tokenizer_train(
         vocab_size: Tokens, 9 specials included.
         max_bytes: Train on at most this much text.
     """
-    from cognica_poe.data.build import read_documents
+    from cognica_poe.data.manifest import read_documents
     from cognica_poe.data.tokenizer import train_tokenizer
 
     require_apart(out, data)
