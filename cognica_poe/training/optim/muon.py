@@ -1,4 +1,4 @@
-"""Muon: orthogonalised momentum for block matrices (DESIGN: Polar Express, factored second moment, cautious decay).
+"""Muon: orthogonalised momentum for block matrices, by Polar Express, with a factored second moment and cautious decay.
 
 Matrices of one shape are stepped as one stack ``[M, rows, cols]``.
 """

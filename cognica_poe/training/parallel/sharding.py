@@ -20,8 +20,8 @@ def rows_per_rank(rows: int, world: int) -> int:
 
 def row_range(rows: int, rank: int, world: int) -> tuple[int, int]:
     """First and last (exclusive) row on ``rank``; empty when there are none left."""
-    share = rows_per_rank(rows, world)
-    return min(rows, rank * share), min(rows, (rank + 1) * share)
+    height = rows_per_rank(rows, world)
+    return min(rows, rank * height), min(rows, (rank + 1) * height)
 
 
 class Bucket:

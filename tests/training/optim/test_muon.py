@@ -92,8 +92,8 @@ def test_a_stack_equals_one_matrix_at_a_time(iteration, shape):
     alone = [(torch.zeros(1, *shape).double(), torch.zeros(1, *moment_shape).double()) for _ in range(3)]
     for seed in range(3):
         gradient = stack(*shape, seed=seed)
-        together = muon_update(gradient, buffers, seconds, 0.9, 0.9, iteration, None)
+        stacked = muon_update(gradient, buffers, seconds, 0.9, 0.9, iteration, None)
         for i, (buffer, second) in enumerate(alone):
             one = muon_update(gradient[i : i + 1], buffer, second, 0.9, 0.9, iteration, None)
-            torch.testing.assert_close(together[i], one[0], atol=1e-10, rtol=1e-10)
+            torch.testing.assert_close(stacked[i], one[0], atol=1e-10, rtol=1e-10)
             torch.testing.assert_close(buffers[i], buffer[0])

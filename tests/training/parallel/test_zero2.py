@@ -208,8 +208,8 @@ def count_traffic(ranks, options, micro_batches):
     for step in range(2):
         seen.clear()
         step_once(model, optimizer, step, list(range(4)), micro_batches)
-    measured = {kind: {"count": count, "bytes": size} for kind, (count, size) in seen.items()}
-    return measured, optimizer.traffic(micro_batches)
+    counted = {kind: {"count": count, "bytes": size} for kind, (count, size) in seen.items()}
+    return counted, optimizer.traffic(micro_batches)
 
 
 @pytest.mark.parametrize("world", [2, 3])
@@ -221,12 +221,12 @@ def count_traffic(ranks, options, micro_batches):
         RanksRecipe(replica_dtype="bfloat16", reduce_dtype="bfloat16"),
     ],
 )
-def test_measured_traffic_equals_the_formula(world, options):
-    for measured, formula in run_ranks(world, count_traffic, options, 4):
-        assert measured == formula
+def test_counted_traffic_equals_the_formula(world, options):
+    for counted, formula in run_ranks(world, count_traffic, options, 4):
+        assert counted == formula
         sends = 1 if options.grad_sync == "last_microbatch" else 4
-        assert measured["reduce_scatter"]["count"] == 3 * sends
-        assert measured["all_to_all"]["count"] == 2 * 5  # five shapes, there and back
+        assert counted["reduce_scatter"]["count"] == 3 * sends
+        assert counted["all_to_all"]["count"] == 2 * 5  # five shapes, there and back
 
 
 def train_in_bf16(ranks):
@@ -248,7 +248,7 @@ def test_bf16_replicas_of_fp32_masters(plain):
             assert torch.equal(replicas[name], master.to(replicas[name].dtype))
 
 
-def live_gradients(ranks, grad_sync):
+def held_gradients(ranks, grad_sync):
     """Largest number of gradient elements alive at once in a micro-batch, and the elements of each section."""
     model = make_model(poe_stage_layers=[1, 2, 2], dtype=torch.float32).train()
     objective = Objective(model)
@@ -257,12 +257,12 @@ def live_gradients(ranks, grad_sync):
     optimizer = DistMuonAdamW(model, OptimizerRecipe(), TOKENS, ranks, options, sections)
     parameters, most = dict(model.named_parameters()), 0
 
-    def measure(_):
+    def count(_):
         nonlocal most
         most = max(most, sum(p.numel() for p in parameters.values() if p.grad is not None))
 
     for parameter in parameters.values():
-        parameter.register_post_accumulate_grad_hook(measure)
+        parameter.register_post_accumulate_grad_hook(count)
     ids = torch.randint(97, (2, 25), generator=torch.Generator().manual_seed(ranks.rank))
     for micro in range(2):
         with optimizer.micro_batch(last=micro == 1):
@@ -276,13 +276,13 @@ def live_gradients(ranks, grad_sync):
 
 def test_full_gradients_leave_section_by_section():
     """ZeRO-2: beside the shared section a rank never holds more than the gradients of one layer or head."""
-    for most, left, trained, _ in run_ranks(2, live_gradients, "every_microbatch"):
+    for most, left, trained, _ in run_ranks(2, held_gradients, "every_microbatch"):
         assert left == 0
         assert most <= trained[-1] + max(trained[:-1]) < sum(trained) / 2
 
 
 def test_both_ways_of_sending_give_the_same_gradients():
-    every, once = (run_ranks(2, live_gradients, mode) for mode in ("every_microbatch", "last_microbatch"))
+    every, once = (run_ranks(2, held_gradients, mode) for mode in ("every_microbatch", "last_microbatch"))
     assert once[0][0] > every[0][0]
     for (*_, first), (*_, second) in zip(every, once, strict=True):
         assert first.keys() == second.keys()
