@@ -1,18 +1,29 @@
-"""The layers of the trunk: rotary positions, attention with value embeddings, MLP, block.
+"""The layer of the trunk, written once: functions that a forward pass, training and decoding all call, and modules.
+
+The modules run whole texts and hold heads before time, ``[B, N, T, h]``. Decoding holds them behind it, with products,
+a cache and attention of its own; what is computed in between is here.
 
 Shapes: ``B`` batch, ``T`` time, ``D`` width, ``N`` query heads, ``G`` key/value heads, ``h`` head dim.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.masking_utils import causal_mask_function, sliding_window_overlay
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_cognica_poe import CognicaPoEConfig
 
+Function = Callable[[torch.Tensor], torch.Tensor]
 Rotary = tuple[torch.Tensor, torch.Tensor]
+
+# ---- functions ----------------------------------------------------------------------------------------------------
 
 
 def rmsnorm(x: torch.Tensor, eps: float) -> torch.Tensor:
@@ -20,18 +31,96 @@ def rmsnorm(x: torch.Tensor, eps: float) -> torch.Tensor:
     return F.rms_norm(x, (x.shape[-1],), eps=eps)
 
 
-def rotary_tables(positions: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rotary:
-    """cos and sin, each ``[B, 1, T, h/2]``, of integer positions ``[B, T]``; computed in fp32, never stored."""
+def smear(x: torch.Tensor, before: torch.Tensor, gate: torch.Tensor, strength: torch.Tensor) -> torch.Tensor:
+    """Add to every token's embedding some of its predecessor's.
+
+    Args:
+        x: normed embeddings ``[B, T, D]``.
+        before: those of the tokens before, 0 where there is none.
+        gate: ``[B, T, 1]``, before its sigmoid.
+        strength: the learnt factor, ``[1]``.
+    """
+    return x + strength * torch.sigmoid(gate) * before
+
+
+def rotary_factors(
+    positions: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype, heads_dim: int = 1
+) -> Rotary:
+    """cos and sin of integer positions ``[B, T]``; computed in fp32, never stored.
+
+    Each is ``[B, 1, T, h/2]``, or ``[B, T, 1, h/2]`` with ``heads_dim=2`` for heads that stand behind time.
+    """
     channels = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)
-    angles = positions[:, None, :, None].float() * (theta ** (-channels / head_dim))
+    angles = positions.unsqueeze(heads_dim).unsqueeze(-1).float() * (theta ** (-channels / head_dim))
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def apply_rotary(x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
-    """Rotate the halves of ``[B, N, T, h]`` by minus theta (nanochat's convention, kept for its checkpoints)."""
+    """Rotate the halves of ``[..., h]`` by minus theta (nanochat's convention, kept for its checkpoints)."""
     cos, sin = rotary
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos + second * sin, second * cos - first * sin), dim=-1)
+
+
+def place_heads(x: torch.Tensor, rotary: Rotary, config: CognicaPoEConfig) -> torch.Tensor:
+    """Queries or keys ``[..., h]`` rotated to their positions, normed and scaled."""
+    return rmsnorm(apply_rotary(x, rotary), config.rms_norm_eps) * config.qk_scale
+
+
+def gate_values(v: torch.Tensor, gate: torch.Tensor, value_embedding: torch.Tensor) -> torch.Tensor:
+    """Values ``[B, T, G, h]`` plus the tokens' value embeddings ``[B, T, G*h]``, by a ``gate`` ``[B, T, G]``."""
+    return v + (3 * torch.sigmoid(gate)).unsqueeze(-1) * value_embedding.view_as(v)
+
+
+def visible_slots(query: torch.Tensor, key: torch.Tensor, window: int) -> dict[str, torch.Tensor]:
+    """Who sees whom, bool by layer type, from positions that broadcast; the functions behind transformers' masks."""
+    see = Callable[[int, int, torch.Tensor, torch.Tensor], torch.Tensor]  # they are declared for single positions
+    full = cast(see, causal_mask_function)(0, 0, query, key)
+    near = cast(see, sliding_window_overlay(window))(0, 0, query, key)
+    return {"full_attention": full, "sliding_attention": full & near}
+
+
+def attention_dtype(config: CognicaPoEConfig, dtype: torch.dtype) -> torch.dtype:
+    """Dtype of attention outside training.
+
+    Low-precision kernels round prefill and decode differently; in fp32 the two agree (model card, "Numerical").
+    """
+    return torch.promote_types(dtype, torch.float32) if config.attention_in_fp32 else dtype
+
+
+def feed_forward(n: torch.Tensor, c_fc: Function, c_proj: Function) -> torch.Tensor:
+    """Two products around a squared ReLU."""
+    return c_proj(F.relu(c_fc(n)).square())
+
+
+def run_layer(
+    x: torch.Tensor,
+    x0: torch.Tensor,
+    resid_lambda: torch.Tensor,
+    x0_lambda: torch.Tensor,
+    eps: float,
+    attention: Function,
+    mlp: Function,
+) -> torch.Tensor:
+    """One layer: the residual stream ``x`` mixed with the embedding stream ``x0``, then attention, then the MLP.
+
+    Args:
+        x, x0: ``[B, T, D]``.
+        resid_lambda, x0_lambda: scalars.
+        eps: of the norms.
+        attention, mlp: from normed states ``[B, T, D]`` to what they add.
+    """
+    x = resid_lambda * x + x0_lambda * x0
+    x = x + attention(rmsnorm(x, eps))
+    return x + mlp(rmsnorm(x, eps))
+
+
+def softcap(z: torch.Tensor, cap: float) -> torch.Tensor:
+    """``cap * tanh(z / cap)`` of logits, in fp32 (fp64 stays)."""
+    return cap * torch.tanh(z.to(torch.promote_types(z.dtype, torch.float32)) / cap)
+
+
+# ---- modules ------------------------------------------------------------------------------------------------------
 
 
 def eager_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
@@ -72,25 +161,19 @@ class Attention(nn.Module):
         k = self.c_k(n).view(B, T, -1, self.head_dim)
         v = self.c_v(n).view(B, T, -1, self.head_dim)
         if value_embedding is not None:
-            gate = 3 * torch.sigmoid(self.ve_gate(n[..., : self.config.ve_gate_channels]))
-            v = v + gate.unsqueeze(-1) * value_embedding.view_as(v)
-        eps, scale = self.config.rms_norm_eps, self.config.qk_scale
-        q = rmsnorm(apply_rotary(q.transpose(1, 2), rotary), eps) * scale
-        k = rmsnorm(apply_rotary(k.transpose(1, 2), rotary), eps) * scale
+            v = gate_values(v, self.ve_gate(n[..., : self.config.ve_gate_channels]), value_embedding)
+        q, k = (place_heads(heads.transpose(1, 2), rotary, self.config) for heads in (q, k))
         v = v.transpose(1, 2)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
-        # A cache of rows of unequal length knows how to attend; others leave it to the configured implementation.
-        attended = cache.attend(self, q, k, v, mask) if hasattr(cache, "attend") else self._attend(q, k, v, mask)
-        return self.c_proj(attended.reshape(B, T, -1))
+        return self.c_proj(self._attend(q, k, v, mask).reshape(B, T, -1))
 
     def _attend(self, q, k, v, mask):
         implementation = self.config._attn_implementation
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
         dtype = q.dtype
         if self.config.attention_in_fp32 and not self.training and implementation in ("sdpa", "eager"):
-            # Low-precision kernels round prefill and decode differently; in fp32 the two agree (card, "Numerical").
-            q, k, v = (t if t.dtype == torch.float64 else t.float() for t in (q, k, v))
+            q, k, v = (t.to(attention_dtype(self.config, t.dtype)) for t in (q, k, v))
             mask = mask.to(q.dtype) if mask is not None and mask.is_floating_point() else mask
         elif implementation == "flex_attention":  # knows no autocast, under which the norms of q and k return fp32
             q, k = q.to(v.dtype), k.to(v.dtype)
@@ -109,7 +192,7 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, n):
-        return self.c_proj(F.relu(self.c_fc(n)).square())
+        return feed_forward(n, self.c_fc, self.c_proj)
 
 
 class Block(nn.Module):
@@ -123,6 +206,5 @@ class Block(nn.Module):
 
     def forward(self, x, x0, resid_lambda, x0_lambda, rotary, mask, value_embedding=None, cache=None):
         """``x``, ``x0`` ``[B, T, D]``, the lambdas scalars; returns ``[B, T, D]``."""
-        x = resid_lambda * x + x0_lambda * x0
-        x = x + self.attn(rmsnorm(x, self.eps), rotary, mask, value_embedding, cache)
-        return x + self.mlp(rmsnorm(x, self.eps))
+        attention = functools.partial(self.attn, rotary=rotary, mask=mask, value_embedding=value_embedding, cache=cache)
+        return run_layer(x, x0, resid_lambda, x0_lambda, self.eps, attention, self.mlp)

@@ -5,8 +5,8 @@ heads. Each reads and writes the cache's buffers itself and has static shapes at
 takes it as one graph and a step costs a call per stage.
 
 Shapes: ``B`` rows, ``W`` lanes of a block, ``S`` slots of the cache, ``D`` width, ``V`` vocab, ``N`` query heads,
-``G`` key/value heads, ``h`` head dim. A ``table`` ``[2, B]`` int64 says where the lanes of a block stand: the first
-slot of every row and how many of its lanes are in use.
+``G`` key/value heads, ``h`` head dim. ``lanes`` ``[2, B]`` int64 says where the lanes of a block stand: the first slot
+of every row and how many of its lanes are in use.
 """
 
 from __future__ import annotations
@@ -17,9 +17,22 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .blocks_cognica_poe import rmsnorm
+from .blocks_cognica_poe import (
+    Rotary,
+    attention_dtype,
+    feed_forward,
+    gate_values,
+    place_heads,
+    rmsnorm,
+    rotary_factors,
+    run_layer,
+    smear,
+    softcap,
+    visible_slots,
+)
 from .graphs_cognica_poe import Graphs
 from .linears_cognica_poe import LINEARS
+from .sampling_cognica_poe import combine
 from .weights_cognica_poe import digest, identity, plain_weights, stage_of
 
 ENGINES = "_decoding_engines"
@@ -41,40 +54,49 @@ def natural_width(model) -> int:
 
 
 class DecodeLayer(nn.Module):
-    """One block with its three attention projections as a single product."""
+    """One layer with its three attention projections as a single product, over slots instead of a whole text."""
+
+    resid_lambda: torch.Tensor
+    x0_lambda: torch.Tensor
+    value_embedding: torch.Tensor | None
+    gate: torch.Tensor | None
 
     def __init__(self, model, index: int, linear):
         super().__init__()
         config, block = model.config, model.transformer.h[index]
-        attention = block.attn
-        self.config, self.sliding = config, config.layer_types[index] == "sliding_attention"
+        attention, embedded = block.attn, model.config.has_value_embedding(index)
+        self.config, self.kind = config, config.layer_types[index]
         self.c_qkv = linear(torch.cat([m.weight for m in (attention.c_q, attention.c_k, attention.c_v)]))
         self.c_proj, self.c_fc, self.mlp_proj = (
             linear(m.weight.detach()) for m in (attention.c_proj, block.mlp.c_fc, block.mlp.c_proj)
         )
-        has_table = config.has_value_embedding(index)
-        table = model.value_embeds[str(index)].weight if has_table else None
-        gate = attention.ve_gate.weight if has_table else None
         keep_tensors(self, resid_lambda=model.resid_lambdas[index], x0_lambda=model.x0_lambdas[index])
-        keep_tensors(self, table=table, gate=gate)
+        keep_tensors(self, value_embedding=model.value_embeds[str(index)].weight if embedded else None)
+        keep_tensors(self, gate=attention.ve_gate.weight if embedded else None)
 
-    def forward(self, x, x0, ids, rotary, masks, rows, write, keys, values, span: int):
+    def forward(self, x, x0, ids, rotary: Rotary, masks, rows, write, keys, values, span: int) -> torch.Tensor:
         """``x``, ``x0`` ``[B, W, D]`` to ``[B, W, D]``; ``keys`` and ``values`` ``[B, S, G, h]`` get the lanes' own."""
+
+        def attention(n: torch.Tensor) -> torch.Tensor:
+            q, k, v = self._project(n, ids, rotary)
+            keys[rows, write], values[rows, write] = k.to(keys.dtype), v.to(values.dtype)
+            return self.c_proj(self._attend(q, keys[:, :span], values[:, :span], masks[self.kind]))
+
+        def mlp(n: torch.Tensor) -> torch.Tensor:
+            return feed_forward(n, self.c_fc, self.mlp_proj)
+
+        return run_layer(x, x0, self.resid_lambda, self.x0_lambda, self.config.rms_norm_eps, attention, mlp)
+
+    def _project(self, n: torch.Tensor, ids: torch.Tensor, rotary: Rotary) -> tuple[torch.Tensor, ...]:
+        """Queries ``[B, W, N, h]``, keys and values ``[B, W, G, h]`` of normed states ``[B, W, D]``."""
         config = self.config
-        eps, (B, W, _) = config.rms_norm_eps, x.shape
-        x = self.resid_lambda * x + self.x0_lambda * x0
-        n = rmsnorm(x, eps)
         N, G = config.num_attention_heads, config.num_key_value_heads
-        qk, v = self.c_qkv(n).view(B, W, -1, config.head_dim).split((N + G, G), dim=2)
-        if self.table is not None:
-            gate = 3 * torch.sigmoid(_small_product(n[..., : config.ve_gate_channels], self.gate))
-            v = v + gate.unsqueeze(-1) * F.embedding(ids, self.table).view_as(v)
-        q, k = (rmsnorm(_rotate(qk, rotary), eps) * config.qk_scale).split((N, G), dim=2)
-        keys[rows, write], values[rows, write] = k.to(keys.dtype), v.to(values.dtype)
-        mask = masks["sliding" if self.sliding else "full"]
-        attended = self._attend(q, keys[:, :span], values[:, :span], mask)
-        x = x + self.c_proj(attended)
-        return x + self.mlp_proj(F.relu(self.c_fc(rmsnorm(x, eps))).square())
+        qk, v = self.c_qkv(n).view(*n.shape[:2], -1, config.head_dim).split((N + G, G), dim=2)
+        if self.value_embedding is not None and self.gate is not None:
+            gate = _small_product(n[..., : config.ve_gate_channels], self.gate)
+            v = gate_values(v, gate, F.embedding(ids, self.value_embedding))
+        q, k = place_heads(qk, rotary, config).split((N, G), dim=2)
+        return q, k, v
 
     def _attend(self, q, keys, values, mask) -> torch.Tensor:
         """Queries ``[B, W, N, h]`` over the slots; heads that share keys become further queries. ``[B, W, N*h]``."""
@@ -88,6 +110,10 @@ class DecodeLayer(nn.Module):
 class StageLayers(nn.Module):
     """The layers of one stage, from the states before them to the states behind them."""
 
+    wte: torch.Tensor
+    smear_gate: torch.Tensor
+    smear_lambda: torch.Tensor
+
     def __init__(self, model, stage: int, linear):
         super().__init__()
         self.config = model.config
@@ -95,24 +121,25 @@ class StageLayers(nn.Module):
         keep_tensors(self, wte=model.transformer.wte.weight)
         keep_tensors(self, smear_gate=model.smear_gate.weight, smear_lambda=model.smear_lambda)
 
-    def forward(self, width: int, span: int, table, ids, behind, states, keys, values) -> None:
+    def forward(self, width: int, span: int, lanes, ids, behind, states, keys, values) -> None:
         """Run a block of ``width`` lanes and write what it computes into the cache.
 
         Args:
             width: lanes of the block.
             span: slots to attend to, from 0 on.
-            table: where the lanes stand, see the module.
+            lanes: where the lanes stand, see the module.
             ids: token ids ``[B, S]`` of the cache.
             behind: states ``[B, S, D]`` behind the stage before; None for stage 0, which starts from the embeddings.
             states: states ``[B, S, D]`` behind this stage; the lanes' own are written.
             keys, values: one buffer ``[B, S, G, h]`` per layer of the stage; the lanes' own are written.
         """
-        slots, write = find_lanes(table, width, ids.shape[1] - 1)
+        config, (slots, write) = self.config, find_lanes(lanes, width, ids.shape[1] - 1)
         rows = torch.arange(ids.shape[0], device=ids.device)[:, None]
         tokens, before = ids[rows, slots], ids[rows, (slots - 1).clamp(min=0)]
         x0 = self._embed(tokens, before, slots)
         x = x0 if behind is None else behind[rows, slots]
-        rotary, masks = self._rotary(slots, x.dtype), self._masks(slots, span, x.dtype)
+        rotary = rotary_factors(slots, config.head_dim, config.rope_theta, x.dtype, heads_dim=2)
+        masks = self._masks(slots, span, x.dtype)
         for layer, k, v in zip(self.layers, keys, values, strict=True):
             x = layer(x, x0, tokens, rotary, masks, rows, write, k, v, span)
         states[rows, write] = x
@@ -120,23 +147,16 @@ class StageLayers(nn.Module):
     def _embed(self, ids, before, slots) -> torch.Tensor:
         eps = self.config.rms_norm_eps
         x, earlier = (rmsnorm(F.embedding(tokens, self.wte), eps) for tokens in (ids, before))
-        gate = self.smear_lambda * torch.sigmoid(_small_product(x[..., : self.config.smear_channels], self.smear_gate))
-        return x + gate * earlier * (slots > 0).unsqueeze(-1)
-
-    def _rotary(self, slots, dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        channels = torch.arange(0, self.config.head_dim, 2, dtype=torch.float32, device=slots.device)
-        angles = slots[..., None, None].float() * (self.config.rope_theta ** (-channels / self.config.head_dim))
-        return angles.cos().to(dtype), angles.sin().to(dtype)
+        gate = _small_product(x[..., : self.config.smear_channels], self.smear_gate)
+        return smear(x, earlier * (slots > 0).unsqueeze(-1), gate, self.smear_lambda)
 
     def _masks(self, slots, span: int, dtype) -> dict[str, torch.Tensor]:
         """Additive masks ``[B, 1, N/G*W, span]`` in the dtype of attention: a query sees the slots up to its own."""
-        groups = self.config.num_attention_heads // self.config.num_key_value_heads
-        compute = attention_dtype(self.config, dtype)
-        key, query = torch.arange(span, device=slots.device), slots[:, None, :, None]
-        visible = {"full": key <= query}
-        visible["sliding"] = visible["full"] & (key > query - self.config.sliding_window)
-        kinds = {"sliding" if layer.sliding else "full" for layer in self.layers}
-        zero = torch.zeros((), dtype=compute, device=slots.device)
+        config, key = self.config, torch.arange(span, device=slots.device)
+        visible = visible_slots(slots[:, None, :, None], key, config.sliding_window)
+        groups = config.num_attention_heads // config.num_key_value_heads
+        zero = torch.zeros((), dtype=attention_dtype(config, dtype), device=slots.device)
+        kinds = {layer.kind for layer in self.layers}
         return {kind: torch.where(visible[kind], zero, float("-inf")).repeat(1, 1, groups, 1) for kind in kinds}
 
 
@@ -146,33 +166,26 @@ class Heads(nn.Module):
     def __init__(self, model, count: int, linear):
         super().__init__()
         self.config = model.config
-        self.heads = nn.ModuleList([linear(_folded_head(model, stage)) for stage in range(count)])
+        self.heads = nn.ModuleList([linear(model.head_weight(stage).detach()) for stage in range(count)])
 
-    def forward(self, width: int, stages: Sequence[int], weights: Sequence[float] | None, alpha: float, table, *states):
+    def forward(self, width: int, stages: Sequence[int], weights: Sequence[float] | None, alpha: float, lanes, *states):
         """Log-probabilities ``[B, W, V]`` of the product of experts at a block's lanes, see :func:`combine`.
-
-        A normaliser of one expert is the same for the whole vocabulary, so that only the last one matters.
 
         Args:
             width: lanes of the block.
             stages: whose heads.
             weights: one per stage; None gives the capped logits of the one stage instead.
             alpha: exponent of the number of stages.
-            table: where the lanes stand, see the module.
+            lanes: where the lanes stand, see the module.
             states: states ``[B, S, D]`` behind every stage.
         """
-        logits = [self._logits(stage, width, table, x) for stage, x in zip(stages, states, strict=True)]
-        if weights is None:
-            return logits[0]
-        pooled = sum(weight * z for weight, z in zip(weights, logits, strict=True))
-        return F.log_softmax(len(stages) ** alpha * pooled, dim=-1)
+        logits = [self._logits(stage, width, lanes, x) for stage, x in zip(stages, states, strict=True)]
+        return logits[0] if weights is None else combine(logits, alpha, weights, normalise=False)
 
-    def _logits(self, stage: int, width: int, table, states: torch.Tensor) -> torch.Tensor:
-        slots, _ = find_lanes(table, width, states.shape[1] - 1)
+    def _logits(self, stage: int, width: int, lanes, states: torch.Tensor) -> torch.Tensor:
+        slots, _ = find_lanes(lanes, width, states.shape[1] - 1)
         x = states[torch.arange(states.shape[0], device=states.device)[:, None], slots]
-        z = self.heads[stage](rmsnorm(x, self.config.rms_norm_eps))
-        cap = self.config.logit_softcap
-        return cap * torch.tanh(z.to(torch.promote_types(z.dtype, torch.float32)) / cap)
+        return softcap(self.heads[stage](rmsnorm(x, self.config.rms_norm_eps)), self.config.logit_softcap)
 
 
 class Engine:
@@ -208,22 +221,22 @@ class Engine:
         read = {buffer.data_ptr() for part in in_place for buffer in part.buffers(recurse=False)}
         return [name for name in names if weights[name].data_ptr() not in read]
 
-    def run_stage(self, stage: int, width: int, span: int, table, ids, behind, states, keys, values) -> None:
+    def run_stage(self, stage: int, width: int, span: int, lanes, ids, behind, states, keys, values) -> None:
         """Run a block of lanes through a stage, see :class:`StageLayers`; only decode steps are compiled."""
         is_step = width == self.width and span == ids.shape[1]
-        tensors = (table, ids, behind, states, keys, values)
+        tensors = (lanes, ids, behind, states, keys, values)
         self._call(("stage", stage, *ids.shape), self.stages[stage], (width, span), tensors, is_step)
 
-    def logits(self, stage: int, table, states: torch.Tensor) -> torch.Tensor:
+    def logits(self, stage: int, lanes, states: torch.Tensor) -> torch.Tensor:
         """Capped fp32 logits ``[B, W, V]`` of one stage at a block's lanes, from its states ``[B, S, D]``."""
         fixed = (self.width, (stage,), None, 0.0)
-        return self._call(("head", stage, *states.shape), self.heads, fixed, (table, states))
+        return self._call(("head", stage, *states.shape), self.heads, fixed, (lanes, states))
 
-    def pool(self, stages: Sequence[int], table, states: Sequence[torch.Tensor], weights, alpha: float) -> torch.Tensor:
+    def pool(self, stages: Sequence[int], lanes, states: Sequence[torch.Tensor], weights, alpha: float) -> torch.Tensor:
         """Log-probabilities ``[B, W, V]`` of the product of ``stages`` at a block's lanes, in one pass."""
         stages, weights = tuple(stages), tuple(weights or [1.0 / len(stages)] * len(stages))
         key = ("pool", stages, weights, alpha, *states[0].shape)
-        return self._call(key, self.heads, (self.width, stages, weights, alpha), (table, *states))
+        return self._call(key, self.heads, (self.width, stages, weights, alpha), (lanes, *states))
 
     def _call(self, key: tuple, module: nn.Module, fixed: tuple, tensors: tuple, is_step: bool = True):
         """``module(*fixed, *tensors)``, or its graph; ``key`` tells function and shapes apart."""
@@ -295,11 +308,11 @@ class Engines:
             self._forget()
 
 
-def find_lanes(table: torch.Tensor, width: int, spare: int) -> tuple[torch.Tensor, torch.Tensor]:
+def find_lanes(lanes: torch.Tensor, width: int, spare: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Slot of every lane ``[B, width]``, and where it writes: lanes that a row does not use write to slot ``spare``."""
-    lane = torch.arange(width, device=table.device)
-    slots = (table[0, :, None] + lane).clamp(max=spare)
-    return slots, torch.where(lane < table[1, :, None], slots, spare)
+    places = torch.arange(width, device=lanes.device)
+    slots = (lanes[0, :, None] + places).clamp(max=spare)
+    return slots, torch.where(places < lanes[1, :, None], slots, spare)
 
 
 def keep_tensors(module: nn.Module, **tensors: torch.Tensor | None) -> None:
@@ -308,28 +321,7 @@ def keep_tensors(module: nn.Module, **tensors: torch.Tensor | None) -> None:
         module.register_buffer(name, None if tensor is None else tensor.detach(), persistent=False)
 
 
-def attention_dtype(config, dtype: torch.dtype) -> torch.dtype:
-    """Dtype of attention and of the cached keys and values: kept as they are used, not converted at every step."""
-    return torch.promote_types(dtype, torch.float32) if config.attention_in_fp32 else dtype
-
-
-def _folded_head(model, stage: int) -> torch.Tensor:
-    """``lm_head + lm_head_stages[stage]`` ``[V, D]``, added in fp32: one product instead of two."""
-    shared = model.lm_head.weight.detach()
-    if not model.config.per_stage_head:
-        return shared
-    wide = torch.promote_types(shared.dtype, torch.float32)
-    return (shared.to(wide) + model.lm_head_stages[stage].weight.detach().to(wide)).to(shared.dtype)
-
-
 def _small_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """``x @ weight.T`` for few channels ``[..., C]`` and outputs ``[O, C]``, where a product's call is all overhead."""
     wide = torch.promote_types(x.dtype, torch.float32)
     return (x.to(wide).unsqueeze(-2) * weight.to(wide)).sum(dim=-1).to(x.dtype)
-
-
-def _rotate(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Rotate the halves of ``[B, W, heads, h]`` by minus theta."""
-    cos, sin = rotary
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos + second * sin, second * cos - first * sin), dim=-1)

@@ -17,7 +17,7 @@ from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .blocks_cognica_poe import Block, Rotary, rmsnorm, rotary_tables
+from .blocks_cognica_poe import Block, Rotary, rmsnorm, rotary_factors, smear, softcap
 from .cache_cognica_poe import CognicaKVCache
 from .configuration_cognica_poe import CognicaPoEConfig
 from .decoding_cognica_poe import PoEDecodingMixin
@@ -60,8 +60,8 @@ class CognicaPoEPreTrainedModel(PreTrainedModel):
         init.normal_(model.lm_head.weight, mean=0.0, std=0.001)
         for head in model.lm_head_stages:
             init.zeros_(head.weight)
-        for table in model.value_embeds.values():
-            init.uniform_(table.weight, -bound, bound)
+        for embedding in model.value_embeds.values():
+            init.uniform_(embedding.weight, -bound, bound)
         for parameter, (first, last) in (
             (model.resid_lambdas, config.resid_lambda_init),
             (model.x0_lambdas, config.x0_lambda_init),
@@ -124,12 +124,12 @@ class CognicaPoEForCausalLM(CognicaPoEPreTrainedModel, PoEDecodingMixin, Generat
         if previous is not None:
             before = rmsnorm(self.transformer.wte(previous[0]), eps) * previous[1].unsqueeze(-1).to(x.dtype)
         earlier = x[:, :-1] if real is None else x[:, :-1] * real[:, :-1].unsqueeze(-1).to(x.dtype)
-        gate = self.smear_lambda * torch.sigmoid(self.smear_gate(x[..., : self.config.smear_channels]))
-        return x + gate * torch.cat((before, earlier), dim=1)
+        gate = self.smear_gate(x[..., : self.config.smear_channels])
+        return smear(x, torch.cat((before, earlier), dim=1), gate, self.smear_lambda)
 
     def rotary(self, positions: torch.Tensor) -> Rotary:
-        """Rotary tables of integer positions ``[B, T]`` in the dtype of the weights."""
-        return rotary_tables(positions, self.config.head_dim, self.config.rope_theta, self.lm_head.weight.dtype)
+        """cos and sin of integer positions ``[B, T]`` in the dtype of the weights."""
+        return rotary_factors(positions, self.config.head_dim, self.config.rope_theta, self.lm_head.weight.dtype)
 
     def masks(self, x: torch.Tensor, attention_mask=None, cache: CognicaKVCache | None = None) -> dict:
         """Attention mask per layer type in the form that the chosen attention implementation wants."""
@@ -144,7 +144,7 @@ class CognicaPoEForCausalLM(CognicaPoEPreTrainedModel, PoEDecodingMixin, Generat
     ) -> torch.Tensor:
         """Run the residual stream ``x`` ``[B, T, D]`` through the given layers; ``x0`` is the embedding stream."""
         for i in layers:
-            table = self.value_embeds[str(i)] if self.config.has_value_embedding(i) else None
+            embedded = self.value_embeds[str(i)](ids) if self.config.has_value_embedding(i) else None
             x = self.transformer.h[i](
                 x,
                 x0,
@@ -152,7 +152,7 @@ class CognicaPoEForCausalLM(CognicaPoEPreTrainedModel, PoEDecodingMixin, Generat
                 self.x0_lambdas[i],
                 rotary,
                 masks[self.config.layer_types[i]],
-                table(ids) if table is not None else None,
+                embedded,
                 cache,
             )
         return x
@@ -162,21 +162,17 @@ class CognicaPoEForCausalLM(CognicaPoEPreTrainedModel, PoEDecodingMixin, Generat
         weight = self.lm_head.weight
         return weight + self.lm_head_stages[stage].weight if self.config.per_stage_head else weight
 
-    def softcap(self, z: torch.Tensor) -> torch.Tensor:
-        """``15 * tanh(z / 15)`` in fp32 (fp64 stays)."""
-        cap = self.config.logit_softcap
-        return cap * torch.tanh((z if z.dtype == torch.float64 else z.float()) / cap)
-
     def stage_head(self, x: torch.Tensor, stage: int) -> torch.Tensor:
         """Capped logits ``[..., V]`` of one stage from its boundary state ``x`` ``[..., D]``: sum first, then cap."""
         n = rmsnorm(x, self.config.rms_norm_eps)
         z = self.lm_head(n)
-        return self.softcap(z + self.lm_head_stages[stage](n) if self.config.per_stage_head else z)
+        z = z + self.lm_head_stages[stage](n) if self.config.per_stage_head else z
+        return softcap(z, self.config.logit_softcap)
 
     def plain_head(self, x: torch.Tensor, middle: torch.Tensor) -> torch.Tensor:
         """Capped logits of the plain path: last layer minus the backout of layer L//2, shared head only."""
         x = x - self.backout_lambda * middle
-        return self.softcap(self.lm_head(rmsnorm(x, self.config.rms_norm_eps)))
+        return softcap(self.lm_head(rmsnorm(x, self.config.rms_norm_eps)), self.config.logit_softcap)
 
     # ---- whole passes ---------------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """Distributions over the next token: the pool of experts, filters, the choice of a token, the acceptance of drafts.
 
-Everything here is a pure function of its tensors: random numbers come in as a table of uniforms, one per row, new token
-and purpose. A row therefore never depends on the other rows of its batch, and the three purposes never share a number.
+Everything here is a pure function of its tensors: random numbers come in as uniforms, one per row, new token and
+purpose. A row therefore never depends on the other rows of its batch, and the three purposes never share a number.
 """
 
 from __future__ import annotations
@@ -13,10 +13,15 @@ import torch
 import torch.nn.functional as F
 
 DRAFT, ACCEPT, FINAL = range(3)
-"""Last index of the table of uniforms: draw a draft, test a draft, draw the token that is kept."""
+"""Last index of the uniforms: draw a draft, test a draft, draw the token that is kept."""
 
 
-def combine(logits: Sequence[torch.Tensor], alpha: float = 0.0, weights: Sequence[float] | None = None) -> torch.Tensor:
+def combine(
+    logits: Sequence[torch.Tensor],
+    alpha: float = 0.0,
+    weights: Sequence[float] | None = None,
+    normalise: bool = True,
+) -> torch.Tensor:
     """Log-probabilities ``[..., V]`` of the product of experts (model card, "Inference").
 
     ``s = K^alpha * sum_k w_k log p_k``, normalised by ``logsumexp``; ``w`` is uniform ``1/K`` unless given. At alpha 0
@@ -26,17 +31,21 @@ def combine(logits: Sequence[torch.Tensor], alpha: float = 0.0, weights: Sequenc
         logits: one ``[..., V]`` tensor of logits or log-probabilities per stage.
         alpha: exponent of the number of experts; 0 is the geometric mean, 1 the full product.
         weights: one non-negative weight per stage.
+        normalise: turn every stage's logits into log-probabilities first. That moves nothing but roundings, for a
+            stage's normaliser is the same for the whole vocabulary; decoding saves itself the work.
     """
     if weights is None:
         weights = [1.0 / len(logits)] * len(logits)
     if len(weights) != len(logits):
         raise ValueError(f"{len(weights)} weights for {len(logits)} stages; give one weight per stage")
-    pooled = sum(weight * F.log_softmax(z, dim=-1) for weight, z in zip(weights, logits, strict=True))
+    if normalise:
+        logits = [F.log_softmax(z, dim=-1) for z in logits]
+    pooled = sum(weight * z for weight, z in zip(weights, logits, strict=True))
     return F.log_softmax(len(logits) ** alpha * pooled, dim=-1)
 
 
 def uniforms(seed: int, rows: int, new_tokens: int) -> torch.Tensor:
-    """Table ``[rows, new_tokens, 3]`` fp64 of uniforms in [0, 1), last index ``DRAFT``, ``ACCEPT`` or ``FINAL``."""
+    """Random numbers ``[rows, new_tokens, 3]`` fp64 in [0, 1), last index ``DRAFT``, ``ACCEPT`` or ``FINAL``."""
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(rows, new_tokens, 3, dtype=torch.float64, generator=generator)
 

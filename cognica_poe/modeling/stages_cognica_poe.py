@@ -23,7 +23,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from .engine_cognica_poe import Engine, attention_dtype, find_lanes
+from .blocks_cognica_poe import attention_dtype
+from .engine_cognica_poe import Engine, find_lanes
 
 
 class StageCache:
@@ -46,7 +47,7 @@ class StageCache:
         self.ids = prompts[0].new_zeros(len(prompts), self.slots)
         for row, prompt in enumerate(prompts):
             self.ids[row, : len(prompt)] = prompt
-        self._table_of, self._table = None, None
+        self._lanes_of: tuple | None = None
         self.rows = torch.arange(len(prompts), device=self.ids.device)[:, None]
         self.states: list[torch.Tensor | None] = [None] * len(engine.stages)
         self.keys: list[list[torch.Tensor] | None] = [None] * len(engine.stages)
@@ -60,7 +61,7 @@ class StageCache:
             start, count = self.known[0], int(counts[0])
             self.ids[0, start : start + count] = tokens[0, :count]
         else:
-            _, write = find_lanes(self._lanes(self.known, counts), tokens.shape[1], self.spare)
+            _, write = find_lanes(self._place(self.known, counts), tokens.shape[1], self.spare)
             self.ids[self.rows, write] = tokens
         self.known = [known + count for known, count in zip(self.known, counts, strict=True)]
 
@@ -94,7 +95,7 @@ class StageCache:
         behind = self.states[stage - 1] if stage else None
         span = max(start + count for start, count in zip(starts, counts, strict=True)) if wide else self.slots
         buffers = (self.ids, behind, self.states[stage], self.keys[stage], self.values[stage])
-        self.engine.run_stage(stage, width, span, self._lanes(starts, counts), *buffers)
+        self.engine.run_stage(stage, width, span, self._place(starts, counts), *buffers)
 
     def _allocate(self, stage: int) -> None:
         config, B = self.config, len(self.known)
@@ -107,30 +108,30 @@ class StageCache:
             B, self.slots, config.hidden_size, dtype=self.engine.dtype, device=self.ids.device
         )
 
-    def _lanes(self, starts: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
+    def _place(self, starts: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
         """Where the lanes of a block stand, ``[2, B]`` on the device; kept, for stages and heads of a step agree."""
         key = (tuple(starts), tuple(counts))
-        if key != self._table_of:
+        if key != self._lanes_of:
             values = [starts, [int(count) for count in counts]]
-            self._table_of, self._table = key, torch.tensor(values, device=self.ids.device)
-        return self._table
+            self._lanes_of, self._lanes = key, torch.tensor(values, device=self.ids.device)
+        return self._lanes
 
     # ---- heads ----------------------------------------------------------------------------------------------------
 
     def logits(self, stage: int, starts: list[int], count: int = 1) -> torch.Tensor:
         """Capped logits ``[B, count, V]`` of one stage for the tokens from slot ``starts[r]`` on."""
-        return self._heads(starts, count, lambda table: self.engine.logits(stage, table, self.states[stage]))
+        return self._heads(starts, count, lambda lanes: self.engine.logits(stage, lanes, self.states[stage]))
 
     def pool(self, stages: Sequence[int], starts: list[int], count: int, weights, alpha: float) -> torch.Tensor:
         """Log-probabilities ``[B, count, V]`` of the pool of ``stages`` for the tokens from slot ``starts[r]`` on."""
         states = [self.states[stage] for stage in stages]
-        return self._heads(starts, count, lambda table: self.engine.pool(stages, table, states, weights, alpha))
+        return self._heads(starts, count, lambda lanes: self.engine.pool(stages, lanes, states, weights, alpha))
 
     def _heads(self, starts: list[int], count: int, function: Callable) -> torch.Tensor:
         width, pieces = self.engine.width, []
         for done in range(0, count, width):
             now = [min(count - done, width)] * len(starts)
-            pieces.append(function(self._lanes([start + done for start in starts], now)))
+            pieces.append(function(self._place([start + done for start in starts], now)))
         return torch.cat(pieces, dim=1)[:, :count] if len(pieces) > 1 else pieces[0][:, :count]
 
 

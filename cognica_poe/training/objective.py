@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from cognica_poe.modeling.blocks_cognica_poe import Rotary, rmsnorm, rotary_tables
+from cognica_poe.modeling.blocks_cognica_poe import Rotary, rmsnorm, rotary_factors
 from cognica_poe.modeling.configuration_cognica_poe import CognicaPoEConfig
 from cognica_poe.modeling.modeling_cognica_poe import CognicaPoEForCausalLM
 from cognica_poe.training.cross_entropy import softcap_cross_entropy
@@ -159,12 +159,12 @@ class Objective:
         return softcap_cross_entropy(n, self.model.head_weight(stage), targets, self.config.logit_softcap)
 
     def _inputs(self, x0: torch.Tensor) -> tuple[Rotary, Masks]:
-        """Rotary tables and masks, made once per shape."""
+        """Rotary factors and masks, made once per shape."""
         key = (x0.shape, x0.device)
         if self._context is None or self._context[0] != key:
             with torch.no_grad():
                 positions = torch.arange(x0.shape[1], device=x0.device)[None]
-                rotary = rotary_tables(positions, self.config.head_dim, self.config.rope_theta, x0.dtype)
+                rotary = rotary_factors(positions, self.config.head_dim, self.config.rope_theta, x0.dtype)
                 self._context = (key, rotary, self.model.masks(x0))
         return self._context[1:]
 

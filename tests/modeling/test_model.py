@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from cognica_poe.modeling.blocks_cognica_poe import visible_slots
 from cognica_poe.modeling.configuration_cognica_poe import CognicaPoEConfig
 from cognica_poe.modeling.graphs_cognica_poe import has_compiler
 from cognica_poe.modeling.modeling_cognica_poe import CognicaPoEForCausalLM
@@ -178,3 +179,14 @@ def test_flex_attention_sees_the_same_windows():
     with torch.autocast("cpu", torch.bfloat16):
         low = model.train().boundary_states(ids)[0][-1]
     assert torch.nn.functional.cosine_similarity(low.flatten(), expected.flatten(), dim=0) > 0.999
+
+
+def test_a_pass_and_a_decode_step_agree_on_who_sees_whom(tiny_model):
+    tiny_model.set_attn_implementation("eager")
+    masks = tiny_model.masks(tiny_model.embed(torch.zeros(1, 40, dtype=torch.int64)))
+    places = torch.arange(40)
+    seen = visible_slots(places[:, None], places, tiny_model.config.sliding_window)
+    assert set(masks) == set(seen) and seen["full_attention"].sum() > seen["sliding_attention"].sum()
+    for kind, mask in masks.items():
+        assert torch.equal(mask[0, 0] == 0, seen[kind])
+    assert seen["sliding_attention"].sum(dim=1).max() == tiny_model.config.short_window + 1
