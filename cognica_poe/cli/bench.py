@@ -171,14 +171,14 @@ def bench_decode(
     settings = decoding.Settings(
         new_tokens, rounds, k_draft, drafters, compile, width, synthetic_acceptance if tokenizer is None else None
     )
-    found = decoding.measure(model, [ids.to(device) for ids in texts], settings, peers, log)
+    found = decoding.time_contenders(model, [ids.to(device) for ids in texts], settings, peers, log)
     if json:
         return print_json(found)
     print_decoding(found)
 
 
 def print_decoding(found: dict) -> None:
-    """Tables of what :func:`cognica_poe.bench.decoding.measure` found."""
+    """Tables of what :func:`cognica_poe.bench.decoding.time_contenders` found."""
     rows = [
         [
             " ".join(str(part) for part in (row["mode"], row["drafter"], row["k_draft"]) if part is not None),

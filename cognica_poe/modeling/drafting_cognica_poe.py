@@ -9,20 +9,49 @@ lookup      n-grams of the text so far, checked by the first stages in blocks: t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
 import torch
 
 from .engine_cognica_poe import Engines
-from .request_cognica_poe import Transcript
+from .request_cognica_poe import Transcript, pad_rows
 from .sampling_cognica_poe import DRAFT
 from .stages_cognica_poe import StageCache
 
 DRAFTERS = ("stage", "int8", "int4", "lookup")
 """Names of the drafters."""
 
-Drafts = tuple[torch.Tensor, torch.Tensor | None, list[int]]
+
+@dataclass(frozen=True)
+class Drafts:
+    """What a drafter proposes in one round."""
+
+    tokens: torch.Tensor
+    """``[B, k]`` int64; a row's drafts come first, the rest is padding."""
+    drawn_from: torch.Tensor | None
+    """Distributions ``[B, k, V]`` that drew the tokens; None when greedy."""
+    counts: list[int]
+    """Drafts of every row."""
 
 
-def make_drafter(name: str, model, cache: StageCache, transcript: Transcript, stage: int, confidence: float):
+class Drafter(Protocol):
+    """What a round of speculation asks of a drafter."""
+
+    adds_token: bool
+    """Whether the pool may run behind a round's last draft too, which gives one more token where all are kept."""
+
+    def draft(self, limits: list[int]) -> Drafts:
+        """Draft at most ``limits[r]`` tokens behind the known ones of row r, and make them known to the cache."""
+        ...
+
+    def follow(self) -> None:
+        """Take note that the cache forgot the rejected drafts and that the answer grew."""
+        ...
+
+
+def make_drafter(name: str, model, cache: StageCache, transcript: Transcript, stage: int, confidence: float) -> Drafter:
     """A drafter by name for one generation over ``cache``."""
     if name == "lookup":
         return LookupDrafter(cache, transcript, stage, confidence)
@@ -54,16 +83,13 @@ class StageDrafter:
         self.stage, self.confidence = stage, confidence
 
     def draft(self, limits: list[int]) -> Drafts:
-        """Draft at most ``limits[r]`` tokens per row behind the known ones, and make them known.
-
-        Returns:
-            drafts ``[B, k]``, the distributions ``[B, k, V]`` that drew them (None when greedy), drafts per row.
-        """
+        """See :class:`Drafter`."""
         own, drafts, drawn_from = self.own, self.own.ids.new_zeros(len(limits), 0), []
         counts, going = [0] * len(limits), [limit > 0 for limit in limits]
         while any(going):
+            # In rows that go on, the last known token is the only one that the drafting stages have not seen.
             own.advance(0, self.stage, going)
-            scores = own.logits(self.stage, [known - 1 for known in own.known])
+            scores = own.logits(self.stage, own.last_known())
             tokens, probabilities, sure = draw(self.transcript, scores, drafts, counts, self.confidence)
             drafts = torch.cat((drafts, tokens), dim=1)
             drawn_from.append(probabilities)
@@ -75,17 +101,58 @@ class StageDrafter:
                 part and count < limit and stays[0]
                 for part, count, limit, stays in zip(going, counts, limits, sure, strict=True)
             ]
-        sampled = drawn_from and drawn_from[0] is not None
-        return drafts, torch.cat(drawn_from, dim=1) if sampled else None, counts
+        sampled = [probabilities for probabilities in drawn_from if probabilities is not None]
+        return Drafts(drafts, torch.cat(sampled, dim=1) if sampled else None, counts)
 
     def follow(self) -> None:
-        """Take note that the verifying cache forgot its rejected drafts and learnt the token behind them."""
+        """See :class:`Drafter`; a cache of its own learns what the verifying one knows."""
         if self.own is self.cache:
             return
         rows = self.transcript.open_rows
         self.own.truncate([known - part for known, part in zip(self.cache.known, rows, strict=True)])
-        last = torch.tensor([known - 1 for known in self.cache.known], device=self.cache.ids.device)[:, None]
+        last = torch.tensor(self.cache.last_known(), device=self.cache.ids.device)[:, None]
         self.own.append(self.cache.ids.gather(1, last), rows)
+
+
+@dataclass
+class LookupRow:
+    """One row during a round of :class:`LookupDrafter`."""
+
+    limit: int
+    """Drafts at most."""
+    drafts: list[int] = field(default_factory=list)
+    """What the stage has drawn so far."""
+    drawn_from: list[torch.Tensor] = field(default_factory=list)
+    """Distributions ``[n, V]`` of the drafts, a piece per check; empty when greedy."""
+    going: bool = True
+    """Whether drafting goes on."""
+    guesses: list[int] = field(default_factory=list)
+    """Tokens to check, behind the drafts."""
+    confirmed: int = 0
+    """Leading guesses that the last check made drafts."""
+    own: int | None = None
+    """The draft behind them, where the stage drew another token than was guessed, or guesses were at their end."""
+
+    def take(self, drawn: list[int], probabilities: torch.Tensor | None, sure: list[bool]) -> None:
+        """Turn what a check found into drafts.
+
+        Args:
+            drawn: what the stage draws behind the drafts and behind every guess.
+            probabilities: the distributions ``[n, V]`` that it draws from; None when greedy.
+            sure: whether drafting may go on behind each.
+        """
+        self.confirmed, self.own = 0, None
+        if not self.going:
+            return
+        # A token counts as long as everything before it is what the stage itself would have written.
+        agreeing = next((i for i, guess in enumerate(self.guesses) if guess != drawn[i]), len(self.guesses))
+        count = min(agreeing + 1, self.limit - len(self.drafts))
+        count = next((i + 1 for i in range(count) if not sure[i]), count)
+        self.drafts += drawn[:count]
+        if probabilities is not None:
+            self.drawn_from.append(probabilities[:count])
+        self.going = len(self.drafts) < self.limit and sure[count - 1]
+        self.confirmed, self.own = min(count, agreeing), drawn[agreeing] if count > agreeing else None
 
 
 class LookupDrafter:
@@ -105,70 +172,61 @@ class LookupDrafter:
         self.texts = [NgramText(request.prompt(row).tolist()) for row in range(len(request.lengths))]
 
     def draft(self, limits: list[int]) -> Drafts:
-        """As :meth:`StageDrafter.draft`."""
-        drafts, drawn_from = [[] for _ in limits], [[] for _ in limits]
-        going = [limit > 0 for limit in limits]
-        while any(going):
-            # Guesses fill the lanes of one step, which costs the same with one token in it.
-            lanes = self.cache.engine.width - 1
-            guesses = [
-                text.guess(row, min(limit - len(row), lanes)) if part else []
-                for text, row, limit, part in zip(self.texts, drafts, limits, going, strict=True)
-            ]
-            tokens, probabilities, sure = self._check(drafts, guesses, going)
-            own = []
-            for row, part in enumerate(going):
-                take, same = 0, _agreement(guesses[row], tokens[row])
-                if part:
-                    take = min(same + 1, limits[row] - len(drafts[row]))
-                    take = next((i + 1 for i in range(take) if not sure[row][i]), take)
-                    going[row] = len(drafts[row]) + take < limits[row] and sure[row][take - 1]
-                drafts[row] += tokens[row][:take]
-                drawn_from[row] += [] if probabilities is None else [probabilities[row, :take]]
-                own.append(tokens[row][same] if take > same else None)
-                self.known[row] += min(take, same)
-            self._settle(own)
-        return self._stack(drafts, drawn_from)
+        """See :class:`Drafter`."""
+        rows = [LookupRow(limit, going=limit > 0) for limit in limits]
+        while any(row.going for row in rows):
+            # Between checks the cache knows the answer and the drafts, and in rows that go on the last of these tokens
+            # is the only one that the drafting stages have not seen.
+            known = list(self.cache.known)
+            self._guess(rows)
+            drawn, probabilities, sure = self._check(rows, known)
+            for number, row in enumerate(rows):
+                row.take(drawn[number], None if probabilities is None else probabilities[number], sure[number])
+            self._settle(rows, known)
+        return self._collect(rows)
 
-    def _check(self, drafts: list[list[int]], guesses: list[list[int]], going: list[bool]):
-        """What the stage draws behind the pending token and behind every guess, and whether it is sure of it."""
-        cache, self.known = self.cache, list(self.cache.known)
+    def _guess(self, rows: list[LookupRow]) -> None:
+        """Look up what may stand behind the drafts. Guesses fill the lanes of one step, which costs as much without."""
+        lanes = self.cache.engine.width - 1
+        for text, row in zip(self.texts, rows, strict=True):
+            row.guesses = text.guess(row.drafts, min(row.limit - len(row.drafts), lanes)) if row.going else []
+
+    def _check(self, rows: list[LookupRow], known: list[int]):
+        """What the stage draws behind the last known token and behind every guess, see :func:`draw`."""
+        cache, guesses = self.cache, [row.guesses for row in rows]
         width = max(map(len, guesses))
         if width:
-            rows = [guess + [0] * (width - len(guess)) for guess in guesses]
-            cache.append(torch.tensor(rows, device=cache.ids.device), [len(guess) for guess in guesses])
-        cache.advance(0, self.stage, going)
-        scores = cache.logits(self.stage, [known - 1 for known in self.known], width + 1)
-        ahead = [row + guess for row, guess in zip(drafts, guesses, strict=True)]
+            cache.append(pad_rows(guesses, 0).to(cache.ids.device), [len(guess) for guess in guesses])
+        cache.advance(0, self.stage, [row.going for row in rows])
+        scores = cache.logits(self.stage, [count - 1 for count in known], width + 1)
+        ahead = [row.drafts + row.guesses for row in rows]
         tokens, probabilities, sure = draw(
-            self.transcript, scores, ahead, [len(row) for row in drafts], self.confidence
+            self.transcript, scores, ahead, [len(row.drafts) for row in rows], self.confidence
         )
         return tokens.tolist(), probabilities, sure
 
-    def _settle(self, own: list[int | None]) -> None:
-        """Forget refuted guesses; where the stage drew a token of its own, make that known."""
+    def _settle(self, rows: list[LookupRow], known: list[int]) -> None:
+        """Forget the guesses that did not become drafts; make known what the stage drew itself."""
         cache = self.cache
-        cache.truncate(self.known)
-        tokens = torch.tensor([[token or 0] for token in own], device=cache.ids.device)
-        cache.append(tokens, [token is not None for token in own])
+        cache.truncate([count + row.confirmed for count, row in zip(known, rows, strict=True)])
+        tokens = torch.tensor([[row.own or 0] for row in rows], device=cache.ids.device)
+        cache.append(tokens, [row.own is not None for row in rows])
 
-    def _stack(self, drafts: list[list[int]], drawn_from: list[list[torch.Tensor]]) -> Drafts:
-        width = max(map(len, drafts))
-        rows = [row + [0] * (width - len(row)) for row in drafts]
-        ids = torch.tensor(rows, dtype=torch.int64, device=self.cache.ids.device).view(len(rows), width)
-        counts = [len(row) for row in drafts]
-        pieces = [torch.cat(row) if row else None for row in drawn_from]
+    def _collect(self, rows: list[LookupRow]) -> Drafts:
+        tokens = pad_rows([row.drafts for row in rows], 0).to(self.cache.ids.device)
+        counts = [len(row.drafts) for row in rows]
+        pieces = [torch.cat(row.drawn_from) if row.drawn_from else None for row in rows]
         some = next((piece for piece in pieces if piece is not None), None)
         if some is None:
-            return ids, None, counts
-        table = some.new_zeros(len(rows), width, some.shape[-1])
+            return Drafts(tokens, None, counts)
+        drawn_from = some.new_zeros(*tokens.shape, some.shape[-1])
         for row, piece in enumerate(pieces):
             if piece is not None:
-                table[row, : len(piece)] = piece
-        return ids, table, counts
+                drawn_from[row, : len(piece)] = piece
+        return Drafts(tokens, drawn_from, counts)
 
     def follow(self) -> None:
-        """Learn the tokens that were added to the answer."""
+        """See :class:`Drafter`; n-grams learn the tokens that were added to the answer."""
         for text, length, row in zip(self.texts, self.transcript.request.lengths, self.transcript.rows, strict=True):
             text.extend(row[len(text.tokens) - length :])
 
@@ -208,14 +266,20 @@ class NgramText:
         return guess
 
 
-def draw(transcript: Transcript, scores: torch.Tensor, ahead, first: list[int], confidence: float):
+def draw(
+    transcript: Transcript,
+    scores: torch.Tensor,
+    ahead: torch.Tensor | Sequence[list[int]],
+    first: list[int],
+    confidence: float,
+) -> tuple[torch.Tensor, torch.Tensor | None, list[list[bool]]]:
     """Draw a draft at every lane.
 
     Args:
         transcript: the answer so far.
         scores: a stage's logits ``[B, n, V]``.
         ahead: tokens of every row behind the answer so far, of which lane i has seen the first ``first[r] + i``.
-        first: see ``ahead``; also the place of lane 0 in the table of random numbers.
+        first: see ``ahead``; also the place of lane 0's random number.
         confidence: see :class:`StageDrafter`.
 
     Returns:
@@ -229,9 +293,12 @@ def draw(transcript: Transcript, scores: torch.Tensor, ahead, first: list[int], 
             return tokens, probabilities, [[True] * len(lanes)] * len(first)
         return tokens, probabilities, [[token not in request.eos for token in row] for row in tokens.tolist()]
     scores = transcript.processed(scores.log_softmax(dim=-1), ahead, first)
-    probabilities = request.choice.probabilities(scores) if request.choice.do_sample else None
-    uniform = transcript.uniforms(DRAFT, [[place + i for i in lanes] for place in first])
-    tokens = scores.argmax(dim=-1) if uniform is None else request.choice.draw(probabilities, uniform)
+    uniform, probabilities = transcript.uniforms(DRAFT, [[place + i for i in lanes] for place in first]), None
+    if uniform is None:
+        tokens = scores.argmax(dim=-1)
+    else:
+        probabilities = request.choice.probabilities(scores)
+        tokens = request.choice.draw(probabilities, uniform)
     sure = torch.ones_like(tokens, dtype=torch.bool)
     if confidence > 0:
         weights = scores.softmax(dim=-1) if probabilities is None else probabilities
@@ -239,8 +306,3 @@ def draw(transcript: Transcript, scores: torch.Tensor, ahead, first: list[int], 
     for end in request.eos:
         sure = sure & (tokens != end)
     return tokens, probabilities, sure.tolist()
-
-
-def _agreement(guess: list[int], drawn: list[int]) -> int:
-    """Leading guesses that equal what was drawn."""
-    return next((i for i, token in enumerate(guess) if token != drawn[i]), len(guess))

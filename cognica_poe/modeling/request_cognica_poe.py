@@ -104,10 +104,10 @@ class GenerationRequest:
         eos = [] if eos is None else [eos] if isinstance(eos, int) else [int(i) for i in eos]
         pad = _default(model, "pad_token_id") if pad_token_id is None else pad_token_id
         choice = _choice(do_sample, temperature, top_k, top_p)
-        table = None
+        numbers = None
         if do_sample:
             seed = int(torch.randint(2**62, ())) if seed is None else seed
-            table = uniforms(seed, len(lengths), max_new_tokens).to(model.device, exact_dtype(model.device))
+            numbers = uniforms(seed, len(lengths), max_new_tokens).to(model.device, exact_dtype(model.device))
         return cls(
             ids=input_ids.to(model.device),
             lengths=lengths,
@@ -115,7 +115,7 @@ class GenerationRequest:
             eos=frozenset(eos),
             pad=pad if pad is not None else eos[0] if eos else 0,
             choice=choice,
-            uniforms=table,
+            uniforms=numbers,
             stopping=_stopping(stop_strings, tokenizer, stopping_criteria),
             processors=_processors(repetition_penalty, logits_processor),
             streamer=streamer,
@@ -178,12 +178,12 @@ class Transcript:
 
     def uniforms(self, purpose: int, ahead: Sequence[Sequence[int]]) -> torch.Tensor | None:
         """Random numbers ``[B, n]`` for tokens that stand ``ahead[r]`` places behind the next one; None when greedy."""
-        table = self.request.uniforms
-        if table is None:
+        numbers = self.request.uniforms
+        if numbers is None:
             return None
         places = [[len(row) + i for i in some] for row, some in zip(self.rows, ahead, strict=True)]
-        index = torch.tensor(places, device=table.device).clamp(max=table.shape[1] - 1)
-        return table[torch.arange(len(places), device=table.device)[:, None], index, purpose]
+        index = torch.tensor(places, device=numbers.device).clamp(max=numbers.shape[1] - 1)
+        return numbers[torch.arange(len(places), device=numbers.device)[:, None], index, purpose]
 
     def processed(self, scores: torch.Tensor, ahead, first: Sequence[int]) -> torch.Tensor:
         """``scores`` ``[B, n, V]`` after the logits processors.
@@ -205,13 +205,7 @@ class Transcript:
         if self.request.streamer is not None:
             self.request.streamer.end()
         ids = self.request.ids
-        return torch.cat((ids, self.table(self.rows, self.request.pad).to(ids.device)), dim=1)
-
-    @staticmethod
-    def table(rows: list[list[int]], fill: int) -> torch.Tensor:
-        """Rows of unequal length as one int64 tensor ``[B, new]``."""
-        width = max(len(row) for row in rows)
-        return torch.tensor([row + [fill] * (width - len(row)) for row in rows], dtype=torch.int64)
+        return torch.cat((ids, pad_rows(self.rows, self.request.pad).to(ids.device)), dim=1)
 
     def _stream(self) -> None:
         if self.request.streamer is None:
@@ -222,6 +216,13 @@ class Transcript:
             ids = [row[column] if column < len(row) else self.request.pad for row in self.rows]
             self.request.streamer.put(torch.tensor(ids, dtype=torch.int64))
             self.streamed = column + 1
+
+
+def pad_rows(rows: Sequence[list[int]], fill: int) -> torch.Tensor:
+    """Rows of unequal length as one int64 tensor ``[B, n]``, filled up behind their ends."""
+    width = max(len(row) for row in rows)
+    padded = [row + [fill] * (width - len(row)) for row in rows]
+    return torch.tensor(padded, dtype=torch.int64).view(len(rows), width)
 
 
 def _as_lists(ahead) -> list[list[int]]:

@@ -70,6 +70,10 @@ class StageCache:
         self.known = [min(pair) for pair in zip(self.known, known, strict=True)]
         self.lengths = [[min(pair) for pair in zip(row, self.known, strict=True)] for row in self.lengths]
 
+    def last_known(self) -> list[int]:
+        """Slot of the last known token of every row."""
+        return [known - 1 for known in self.known]
+
     # ---- stages ---------------------------------------------------------------------------------------------------
 
     def advance(self, first: int, last: int, rows: list[bool]) -> None:

@@ -9,7 +9,10 @@ from cognica_poe.bench import decoding
 from cognica_poe.bench.prompts import find_model, find_prompts
 from cognica_poe.cli.main import dispatch
 from cognica_poe.errors import UserError
+from cognica_poe.modeling.drafting_cognica_poe import Drafts
 from cognica_poe.modeling.engine_cognica_poe import natural_width
+from cognica_poe.modeling.request_cognica_poe import GenerationRequest, Transcript
+from cognica_poe.modeling.speculation_cognica_poe import verify
 from tests.conftest import make_model
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
@@ -25,7 +28,7 @@ def found() -> dict:
     torch.set_num_threads(1)
     model = make_model(dtype=torch.bfloat16, poe_wand_p99_bounds_per_stage_head=[0.05, 0.02], **WIDE)
     settings = decoding.Settings(new_tokens=12, rounds=2, k_drafts=(3,))
-    return decoding.measure(model, PROMPTS, settings, True, lambda line: None)
+    return decoding.time_contenders(model, PROMPTS, settings, True, lambda line: None)
 
 
 def test_rows(found):
@@ -67,12 +70,16 @@ def test_agreement_is_one_for_the_full_pool_and_less_for_a_stage():
 
 @pytest.mark.parametrize("rate", [0.5, 0.9])
 def test_synthetic_acceptance(rate):
-    with decoding.accepting(rate):
-        zeros, counts = torch.zeros(4000, 3, dtype=torch.int64), torch.full((4000,), 3)
-        kept = decoding.loops.agreeing_drafts(torch.zeros(4000, 4, dtype=torch.int64), zeros, counts)
+    request = GenerationRequest.build(make_model(), torch.zeros(4000, 1, dtype=torch.int64), eos_token_id=[])
+    pool = torch.zeros(4000, 4, 97)
+    pool[..., 5] = 1.0
+    drafts = Drafts(torch.zeros(4000, 3, dtype=torch.int64), None, [3] * 4000)
+    kept, behind = decoding.accepting(rate)(Transcript(request), pool, drafts)
     expected = rate + rate**2 + rate**3
     assert kept.double().mean().item() == pytest.approx(expected, rel=0.05)
-    assert int(decoding.loops.agreeing_drafts(torch.zeros(1, 4), torch.ones(1, 3), torch.tensor([3]))) == 0
+    assert behind.eq(5).all() and not verify(Transcript(request), pool, drafts)[0].any()
+    short = decoding.accepting(1.0)(Transcript(request), pool, Drafts(drafts.tokens, None, [2] * 4000))[0]
+    assert short.eq(2).all()
 
 
 def test_a_recipe_is_measured_with_synthetic_drafts(capsys):

@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import StoppingCriteria
 
-from cognica_poe.modeling import reference_cognica_poe as reference
 from cognica_poe.modeling.request_cognica_poe import GenerationRequest
 from tests.conftest import make_model
+from tests.oracles import decoding as reference
 
 WIDTH = 44
 SETTINGS = {

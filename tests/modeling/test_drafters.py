@@ -6,6 +6,7 @@ import torch
 from cognica_poe.modeling.drafting_cognica_poe import DRAFTERS, LookupDrafter, NgramText
 from cognica_poe.modeling.engine_cognica_poe import Engines
 from cognica_poe.modeling.linears_cognica_poe import DenseLinear, Int4Linear, Int8Linear
+from cognica_poe.modeling.speculation_cognica_poe import verify
 from tests.conftest import make_model
 from tests.modeling.test_speculation import agreeing_model, fifty_prompts
 
@@ -153,7 +154,7 @@ def test_auto_gives_the_same_text_and_remembers_its_choice():
     for _ in range(2):
         assert torch.equal(model.generate_speculative(ids, drafter="auto", max_new_tokens=30), expected)
     ((key, choice),) = Engines.of(model).measured.items()
-    assert key == (1, False, 0) and (choice[0] in DRAFTERS or choice == (None, 0))
+    assert key == (1, False, 0, verify) and (choice[0] in DRAFTERS or choice == (None, 0))
 
 
 def test_auto_decodes_plainly_where_drafts_are_never_accepted():
@@ -165,7 +166,7 @@ def test_auto_decodes_plainly_where_drafts_are_never_accepted():
     ids = fifty_prompts(0)[0][:1, :30]
     output, counts = model.generate_speculative(ids, drafter="auto", max_new_tokens=40, return_acceptance=True)
     assert torch.equal(output, plain(model, ids, max_new_tokens=40))
-    if Engines.of(model).measured[1, False, 0][0] is None:
+    if Engines.of(model).measured[1, False, 0, verify][0] is None:
         assert counts["rounds"] == 0
 
 

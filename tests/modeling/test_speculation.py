@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cognica_poe.modeling import loops_cognica_poe as loops
+from cognica_poe.modeling import speculation_cognica_poe as speculation
 from cognica_poe.modeling.sampling_cognica_poe import TokenChoice, accept_or_resample, combine, inverse_cdf
 from tests.conftest import make_model
 
@@ -211,6 +211,6 @@ def forget_the_proposal(target, draft, drafts, counts, accept, final):
 
 @pytest.mark.parametrize("wrong", [always_keep, resample_from_the_target, one_stream_for_both, forget_the_proposal])
 def test_the_same_test_rejects_wrong_samplers(monkeypatch, wrong):
-    monkeypatch.setattr(loops, "accept_or_resample", wrong)
+    monkeypatch.setattr(speculation, "accept_or_resample", wrong)
     p, _ = sample_p(tiny_vocabulary_model(), {}, k_draft=2, max_new_tokens=4)
     assert p < 1e-9

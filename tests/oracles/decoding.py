@@ -1,6 +1,6 @@
 """The generation modes written as slowly and plainly as possible: every token re-runs the whole text, row by row.
 
-Nothing here is used when generating; the tests compare the fast modes with it. No cache, no padding, no batches.
+No cache, no padding, no batches; shared with the fast modes are the check of a request and the choice of a token.
 Every function takes the model and a :class:`GenerationRequest` and returns one list of new ids per row.
 """
 
@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from .request_cognica_poe import GenerationRequest
-from .sampling_cognica_poe import ACCEPT, DRAFT, FINAL, combine, inverse_cdf
+from cognica_poe.modeling.request_cognica_poe import GenerationRequest
+from cognica_poe.modeling.sampling_cognica_poe import ACCEPT, DRAFT, FINAL, combine, inverse_cdf
 
 
 @torch.no_grad()
