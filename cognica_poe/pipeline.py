@@ -83,8 +83,8 @@ def read_recipe(run: Path) -> Recipe:
 
 def baseline(run: Path, recipe: Recipe, log: Log = lambda line: None) -> dict[str, Any]:
     """xz bits per byte of the validation slice, computed once per run (``analysis/baseline.json``)."""
-    from cognica_poe.analysis.analyzer import validation_slice
     from cognica_poe.analysis.baseline import xz_baseline
+    from cognica_poe.analysis.validation import validation_slice
 
     data, file = Path(run) / "data", Path(run) / "analysis" / "baseline.json"
     part = validation_slice((d.text for d in read_documents(data, "val")), recipe.release.val_max_bytes)

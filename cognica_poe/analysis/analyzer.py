@@ -1,121 +1,36 @@
-"""One checkpoint, all its figures: the model in memory becomes an analysis record.
-
-The validation documents are chosen by ``validation_slice``, which every figure of a run uses (the xz baseline
-included), so that figures of different checkpoints and methods stand for the same bytes.
-"""
+"""One checkpoint, all its measurements: the model in memory becomes an analysis record."""
 
 from __future__ import annotations
 
 import hashlib
-import heapq
 import platform
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 
-from cognica_poe.analysis.bits_per_byte import DocumentSums, Evaluation, evaluate
+from cognica_poe.analysis.bits_per_byte import DocumentSums, Measurement, measure_paths
 from cognica_poe.analysis.bootstrap import Bootstrap, Interval
+from cognica_poe.analysis.conditions import one_thread
 from cognica_poe.analysis.heads import head_geometry, perturb_heads
 from cognica_poe.analysis.probes import run_probes
 from cognica_poe.analysis.record import AnalysisRecord
 from cognica_poe.analysis.routing import route, stage0_cost
 from cognica_poe.analysis.speculative import choose_prompts, measure_acceptance
-from cognica_poe.analysis.threads import one_thread
+from cognica_poe.analysis.validation import ValidationSlice, validation_slice
 from cognica_poe.analysis.wand import CALIBRATION_TOKENS, cross_fit
-from cognica_poe.errors import UserError
+from cognica_poe.data.manifest import read_documents
 
-_FEWEST_UNITS = 8
+if TYPE_CHECKING:
+    from cognica_poe.data.tokenizer import Tokenizer
+    from cognica_poe.modeling.configuration_cognica_poe import CognicaPoEConfig
+    from cognica_poe.modeling.modeling_cognica_poe import CognicaPoEForCausalLM
+
 _BITS = 1.0 / np.log(2)
-
-
-@dataclass(frozen=True)
-class ValidationSlice:
-    """The texts that a run is measured on. ``unit`` is "piece" where documents had to be cut for the bootstrap."""
-
-    texts: list[str]
-    sha256: str
-    bytes: int
-    unit: str
-    sampled: bool
-
-
-def validation_slice(texts: Iterable[str], max_bytes: int | None = None) -> ValidationSlice:
-    """Choose what to measure on; the same texts and limit give the same slice.
-
-    All documents, if they fit in ``max_bytes``. Otherwise documents in the order of their sha256 (a sample of all
-    sources, whatever their order), each cut to 1/32 of the limit (at least 2 KiB) so that no document dominates. A
-    slice of fewer than 8 documents is cut at line ends into pieces of about a sixteenth, for the sake of intervals.
-
-    Raises:
-        UserError: no document.
-    """
-    chosen, sampled = _choose(texts, max_bytes)
-    if not chosen:
-        raise UserError("the validation split holds no document: build the data with a larger validation share")
-    unit = "document"
-    if len(chosen) < _FEWEST_UNITS:
-        size = max(1, sum(map(len, chosen)) // (2 * _FEWEST_UNITS))
-        pieces = [piece for text in chosen for piece in _pieces(text, size)]
-        if len(pieces) > len(chosen):
-            chosen, unit = pieces, "piece"
-    if len(chosen) < 2:
-        raise UserError("the validation split holds a single short document: build the data with more validation text")
-    digest = hashlib.sha256()
-    total = 0
-    for text in chosen:
-        data = text.encode()
-        digest.update(len(data).to_bytes(8, "little") + data)
-        total += len(data)
-    return ValidationSlice(chosen, digest.hexdigest(), total, unit, sampled)
-
-
-def _choose(texts: Iterable[str], max_bytes: int | None) -> tuple[list[str], bool]:
-    """Texts in their own order if all fit in ``max_bytes``, else a sample in hash order, and whether it is a sample."""
-    everything: list[str] = []
-    sample: list[tuple[int, int, bytes]] = []  # heap of (-hash, index, text cut): the largest hash on top
-    cap = max(2048, (max_bytes or 0) // 32)
-    total = kept = 0
-    for index, text in enumerate(text for text in texts if text):
-        data = text.encode()
-        total += len(data)
-        if max_bytes is None:
-            everything.append(text)
-            continue
-        if total <= max_bytes:
-            everything.append(text)
-        else:
-            everything.clear()
-        key = int.from_bytes(hashlib.sha256(data).digest())
-        heapq.heappush(sample, (-key, index, data[:cap]))
-        kept += min(len(data), cap)
-        while kept - len(sample[0][2]) >= max_bytes:  # enough without the largest hash
-            kept -= len(heapq.heappop(sample)[2])
-    if max_bytes is None or total <= max_bytes:
-        return everything, False
-    chosen, left = [], max_bytes
-    for _, _, data in sorted(sample, reverse=True):
-        text = data[:left].decode(errors="ignore")  # a cut may fall inside a character
-        left -= min(len(data), left)
-        if text:
-            chosen.append(text)
-    return chosen, True
-
-
-def _pieces(text: str, size: int) -> list[str]:
-    """Consecutive pieces of at least ``size`` characters, cut at line ends, or anywhere in lines beyond twice that."""
-    pieces, current = [], ""
-    for line in text.splitlines(keepends=True):
-        for start in range(0, len(line), 2 * size):
-            current += line[start : start + 2 * size]
-            if len(current) >= size:
-                pieces.append(current)
-                current = ""
-    return [*pieces, current] if current else pieces
 
 
 def weights_sha256(model: torch.nn.Module) -> str:
@@ -129,8 +44,8 @@ def weights_sha256(model: torch.nn.Module) -> str:
 
 
 def analyze(
-    model: torch.nn.Module,
-    tokenizer,
+    model: CognicaPoEForCausalLM,
+    tokenizer: Tokenizer,
     data_dir: Path,
     *,
     step: int,
@@ -152,8 +67,8 @@ def analyze(
     """Measure ``model`` on the validation split of ``data_dir``.
 
     Args:
-        model: a CognicaPoEForCausalLM; its training flag is restored.
-        tokenizer: as in ``evaluate``.
+        model: its training flag is restored.
+        tokenizer: as in ``measure_paths``.
         step, tokens_seen, name: of the checkpoint, stored as given.
         val_max_bytes: measure on a sample of this many bytes (see ``validation_slice``); ``None`` takes all.
         batch_rows: most windows per forward pass.
@@ -169,16 +84,14 @@ def analyze(
 
     Raises:
         UserError: no validation data.
-        ValueError: non-finite figures (the model diverged), a tokenizer that loses bytes.
+        ValueError: non-finite losses (the model diverged), a tokenizer that loses bytes.
     """
-    from cognica_poe.data.manifest import read_documents
-
     started = time.perf_counter()
     part = validation_slice((document.text for document in read_documents(Path(data_dir), "val")), val_max_bytes)
     log(f"step {step}: measuring on {len(part.texts)} {part.unit}s, {part.bytes:,} bytes")
     if baseline and baseline.get("val_bytes", part.bytes) != part.bytes:
-        log(f"the baseline stands for {baseline['val_bytes']:,} bytes, the model's figures for {part.bytes:,}")
-    result = evaluate(model, tokenizer, part.texts, batch_rows=batch_rows, positions=CALIBRATION_TOKENS, log=log)
+        log(f"the baseline stands for {baseline['val_bytes']:,} bytes, the model's numbers for {part.bytes:,}")
+    result = measure_paths(model, tokenizer, part.texts, batch_rows=batch_rows, positions=CALIBRATION_TOKENS, log=log)
     if not all(np.isfinite(nats).all() for nats in result.sums.nats.values()):
         raise ValueError(f"step {step} has non-finite losses: its weights diverged")
     bootstrap = Bootstrap(len(part.texts), seed=seed)
@@ -189,19 +102,13 @@ def analyze(
             model, chosen, new_tokens=new_tokens, draft_length=draft_length, seed=seed, log=log
         )
         probes = run_probes(model, tokenizer, new_tokens=probe_tokens, log=log)
-    config = model.config
+    config = cast("CognicaPoEConfig", model.config)
     fields = {
         "step": step,
         "tokens_seen": tokens_seen,
-        "model": {
-            "name": name,
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "poe_mode": config.poe_mode,
-            "stage_layers": list(config.poe_stage_layers),
-            "weights_sha256": weights_sha256(model),
-        },
+        "model": _model_facts(model, name),
         "path": "plain" if config.poe_mode == "none" else "pool",
-        **path_figures(result.sums, bootstrap),
+        **path_fields(result.sums, bootstrap),
         "wand_bounds": wand.pop("bounds"),
         "wand": wand,
         "speculative": asdict(speculative),
@@ -220,8 +127,21 @@ def analyze(
     return record
 
 
-def path_figures(sums: DocumentSums, bootstrap: Bootstrap) -> dict:
-    """The record's ``bpb``, ``accuracy``, ``crossover_gap``, ``intervals`` and ``accuracy_intervals``."""
+def _model_facts(model: CognicaPoEForCausalLM, name: str) -> dict[str, Any]:
+    return {
+        "name": name,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "poe_mode": model.config.poe_mode,
+        "stage_layers": list(model.config.poe_stage_layers),
+        "weights_sha256": weights_sha256(model),
+    }
+
+
+def path_fields(sums: DocumentSums, bootstrap: Bootstrap) -> dict[str, Any]:
+    """The record's ``bpb``, ``accuracy``, ``crossover_gap``, ``intervals`` and ``accuracy_intervals``.
+
+    ``bootstrap``: over the documents of ``sums``.
+    """
     stages = [f"stage{k}" for k in range(sums.stages)]
     prefixes = [f"prefix{k}" for k in range(sums.stages)]
     paths = ["full", *stages, *prefixes, "plain"]
@@ -232,7 +152,7 @@ def path_figures(sums: DocumentSums, bootstrap: Bootstrap) -> dict:
     accuracy = {path: interval.value for path, interval in right.items()}
     stage_bpb = [bpb[path] for path in stages]
 
-    def intervals(values: dict[str, Interval]) -> dict:
+    def intervals(values: dict[str, Interval]) -> dict[str, Any]:
         return {
             "full": values["full"].bounds(),
             "stage": [values[path].bounds() for path in stages],
@@ -263,7 +183,7 @@ def _by_path(paths: list[str], intervals: list[Interval]) -> dict[str, Interval]
     return dict(zip(paths, intervals, strict=True))
 
 
-def _validation(part: ValidationSlice, result: Evaluation) -> dict:
+def _validation(part: ValidationSlice, result: Measurement) -> dict[str, Any]:
     return {
         "documents": len(part.texts),
         "bytes": int(result.sums.bytes.sum()),
@@ -276,7 +196,15 @@ def _validation(part: ValidationSlice, result: Evaluation) -> dict:
     }
 
 
-def _heads(model, tokenizer, part: ValidationSlice, documents: int, batch_rows: int, seed: int, log) -> dict | None:
+def _heads(
+    model: CognicaPoEForCausalLM,
+    tokenizer: Tokenizer,
+    part: ValidationSlice,
+    documents: int,
+    batch_rows: int,
+    seed: int,
+    log: Callable[[str], None],
+) -> dict[str, Any] | None:
     geometry = head_geometry(model, tokenizer)
     if geometry is None:
         return None
@@ -293,7 +221,7 @@ def _delta(
     previous: AnalysisRecord | None,
     bootstrap: Bootstrap,
     log: Callable[[str], None],
-) -> dict | None:
+) -> dict[str, Any] | None:
     """Paired change of the full BPB since ``previous``; ``None`` (said in the log) if the two cannot be paired."""
     if previous is None:
         return None

@@ -17,33 +17,25 @@ any ``alpha``; hence pools are formed as running means of the capped logits, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cognica_poe.analysis.threads import one_thread
+from cognica_poe.analysis.conditions import evaluation_mode, one_thread
+from cognica_poe.analysis.windows import Batch, batches, document_windows, lay_out_batch
 
-_LOGITS_BYTES = 256 * 2**20  # of fp32 logits [rows, T, V] of all paths of one batch
+if TYPE_CHECKING:
+    from cognica_poe.data.tokenizer import Tokenizer
+    from cognica_poe.modeling.modeling_cognica_poe import CognicaPoEForCausalLM
+
 _CHUNK_BYTES = 2**20  # of one [positions, V] slice: passes over it stay in the processor's cache
 _CHUNK_BYTES_CUDA = 2**27
-
-
-def _silent(line: str) -> None:
-    """Drop a progress line."""
-
-
-@dataclass(frozen=True)
-class Window:
-    """Tokens ``[start, stop)`` of a document, fed after BOS; those from ``scored`` on are scored."""
-
-    document: int
-    start: int
-    stop: int
-    scored: int
+_DTYPES = (np.float32, np.float32, np.bool_)  # of margin, range and agrees in ``Positions``
 
 
 @dataclass
@@ -61,7 +53,7 @@ class DocumentSums:
 
     @property
     def stages(self) -> int:
-        """K, the number of stages with figures of their own."""
+        """K, the number of stages with numbers of their own."""
         return sum(name.startswith("stage") for name in self.nats)
 
     def bpb(self, path: str) -> float:
@@ -75,7 +67,7 @@ class DocumentSums:
 
 @dataclass
 class Positions:
-    """Figures of single positions (N of them) for WAND and routing; K stages, c_k the pool of stages 0..k.
+    """What single positions say (N of them) for WAND and routing; K stages, c_k the pool of stages 0..k.
 
     document [N] int64; margin [K-1, N] fp32: top1 - top2 of the log-probabilities c_k, k < K-1; range [K-1, N] fp32:
     max - min over the vocabulary of ``c_{k+1} - c_k``; agrees [K-1, N] bool: argmax of c_k is the argmax of the full
@@ -91,8 +83,8 @@ class Positions:
 
 
 @dataclass
-class Evaluation:
-    """Result of one pass: per-document sums, the first positions in full, and the protocol that was used."""
+class Measurement:
+    """Result of one pass: per-document sums, the first positions in full, and the protocol that was used (tokens)."""
 
     sums: DocumentSums
     positions: Positions
@@ -102,8 +94,8 @@ class Evaluation:
 
 
 @dataclass
-class _Chunk:
-    """Figures of n positions as they come out of the maths below; lists over stages."""
+class PathScores:
+    """What single positions say (n of them): nats and correct [n] by path, the others lists over stages of [n]."""
 
     nats: dict[str, Tensor]
     correct: dict[str, Tensor]
@@ -112,30 +104,21 @@ class _Chunk:
     agrees: list[Tensor] = field(default_factory=list)
 
 
-def document_windows(document: int, tokens: int, window: int, stride: int) -> Iterator[Window]:
-    """Windows of a document of ``tokens`` tokens; every token is scored in exactly one of them."""
-    start = scored = 0
-    while scored < tokens:
-        stop = min(start + window, tokens)
-        yield Window(document, start, stop, scored)
-        start, scored = start + stride, stop
-
-
-def evaluate(
-    model: torch.nn.Module,
-    tokenizer,
+def measure_paths(
+    model: CognicaPoEForCausalLM,
+    tokenizer: Tokenizer,
     texts: Sequence[str],
     *,
     batch_rows: int = 16,
     stride: int | None = None,
     positions: int = 131_072,
-    log: Callable[[str], None] = _silent,
-) -> Evaluation:
+    log: Callable[[str], None] = lambda line: None,
+) -> Measurement:
     """Measure every path on ``texts`` in one pass.
 
     Args:
-        model: a CognicaPoEForCausalLM (``all_logits`` and ``config`` are used); its training flag is restored.
-        tokenizer: ``encode_batch``, ``bos_id``, ``token_bytes`` [V].
+        model: ``all_logits`` and ``config`` are used; its training flag is restored.
+        tokenizer: ``encode_batch``, ``bos_id``, ``token_bytes`` [V] are used.
         texts: the validation documents.
         batch_rows: most rows per forward pass; fewer are used where their fp32 logits would exceed 256 MiB.
         stride: new tokens per window; ``None`` is the window length (no overlap).
@@ -146,35 +129,32 @@ def evaluate(
         ValueError: a stride outside [1, window], no token at all, or a tokenizer that loses bytes of the text.
     """
     config = model.config
-    window = config.max_position_embeddings
+    window: int = config.max_position_embeddings
     stride = window if stride is None else stride
     if not 1 <= stride <= window:
         raise ValueError(f"stride {stride} must be between 1 and the window of {window} tokens")
     documents = [np.asarray(ids, dtype=np.int64) for ids in tokenizer.encode_batch(list(texts))]
     if not any(map(len, documents)):
         raise ValueError("the validation documents hold no token")
-    plan = [item for index, ids in enumerate(documents) for item in document_windows(index, len(ids), window, stride)]
+    windows = [item for i, ids in enumerate(documents) for item in document_windows(i, len(ids), window, stride)]
     collector = _Collector(documents, _byte_counts(documents, texts, tokenizer.token_bytes), positions)
     paths = 1 if config.poe_mode == "none" else config.num_stages + 1
-    row_bytes = 4 * paths * config.vocab_size
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    try:
-        done, total, next_line = 0, sum(item.stop - item.scored for item in plan), 0.0
-        for rows in _batches(plan, batch_rows, row_bytes):
-            inputs, targets, owner, place = _batch_arrays(rows, documents, tokenizer.bos_id)
-            _measure_batch(model, inputs.to(device), targets.to(device), owner, place, collector)
-            done += len(owner)
+    done, total, next_line = 0, sum(item.stop - item.scored for item in windows), 0.0
+    with evaluation_mode(model):
+        for rows in batches(windows, batch_rows, 4 * paths * config.vocab_size):
+            batch = lay_out_batch(rows, documents, tokenizer.bos_id)
+            _measure_batch(model, batch, device, collector)
+            done += len(batch.document)
             if done / total >= next_line:
                 log(f"evaluated {done:,} of {total:,} tokens")
                 next_line = done / total + 0.2
-    finally:
-        model.train(was_training)
-    return Evaluation(*collector.result(), window=window, stride=stride, tokens=total)
+    return Measurement(*collector.result(), window=window, stride=stride, tokens=total)
 
 
-def _byte_counts(documents: list[NDArray], texts: Sequence[str], token_bytes: NDArray) -> NDArray[np.int64]:
+def _byte_counts(
+    documents: Sequence[NDArray[np.int64]], texts: Sequence[str], token_bytes: NDArray[np.int32]
+) -> NDArray[np.int64]:
     """True UTF-8 bytes per document, [documents]."""
     counts = np.array([int(token_bytes[ids].sum()) for ids in documents], dtype=np.int64)
     for index, (count, text) in enumerate(zip(counts, texts, strict=True)):
@@ -184,67 +164,29 @@ def _byte_counts(documents: list[NDArray], texts: Sequence[str], token_bytes: ND
     return counts
 
 
-def _batches(plan: Iterable[Window], batch_rows: int, row_bytes: int) -> Iterator[list[Window]]:
-    """Group windows of similar length, longest first, within the row and memory limits."""
-    rows: list[Window] = []
-    limit = 0
-    for item in sorted(plan, key=lambda item: (item.start - item.stop, item.document, item.start)):
-        if rows and len(rows) >= limit:
-            yield rows
-            rows = []
-        if not rows:
-            limit = max(1, min(batch_rows, _LOGITS_BYTES // (row_bytes * (item.stop - item.start))))
-        rows.append(item)
-    if rows:
-        yield rows
-
-
-def _batch_arrays(
-    rows: list[Window], documents: list[NDArray], bos: int
-) -> tuple[Tensor, Tensor, NDArray[np.int64], Tensor]:
-    """Inputs [B, T] (right padding: later positions cannot reach earlier ones), and of the n scored positions the
-    targets [n], the documents [n], and the places [n] in the flattened [B * T]."""
-    length = max(item.stop - item.start for item in rows)
-    inputs = np.full((len(rows), length), bos, dtype=np.int64)
-    targets, owner, place = [], [], []
-    for row, item in enumerate(rows):
-        ids = documents[item.document][item.start : item.stop]
-        inputs[row, 1 : len(ids)] = ids[:-1]
-        first = item.scored - item.start
-        targets.append(ids[first:])
-        owner.append(np.full(len(ids) - first, item.document))
-        place.append(row * length + np.arange(first, len(ids)))
-    return (
-        torch.from_numpy(inputs),
-        torch.from_numpy(np.concatenate(targets)),
-        np.concatenate(owner),
-        torch.from_numpy(np.concatenate(place)),
-    )
-
-
 @torch.no_grad()
-def _measure_batch(
-    model, inputs: Tensor, targets: Tensor, owner: NDArray, place: Tensor, collector: _Collector
-) -> None:
+def _measure_batch(model: CognicaPoEForCausalLM, batch: Batch, device: torch.device, collector: _Collector) -> None:
+    """Score every path at the batch's positions, a slice of them at a time."""
+    inputs, targets, place = (tensor.to(device) for tensor in (batch.inputs, batch.targets, batch.place))
     stages, plain = model.all_logits(inputs)
     stages = () if model.config.poe_mode == "none" else stages
     size = plain.shape[-1]
     flat = [logits.reshape(-1, size) for logits in (*stages, plain)]
-    place = place.to(inputs.device)
     step = max(1, (_CHUNK_BYTES_CUDA if inputs.is_cuda else _CHUNK_BYTES) // (4 * size))
     with one_thread():
         for start in range(0, len(targets), step):
             part = slice(start, start + step)
             logits = [rows.index_select(0, place[part]) for rows in flat]
-            collector.add(owner[part], measure_paths(logits[:-1], logits[-1], targets[part], model.config.poe_alpha))
+            scores = score_paths(logits[:-1], logits[-1], targets[part], model.config.poe_alpha)
+            collector.add(batch.document[part], scores)
 
 
-def measure_paths(stages: list[Tensor], plain: Tensor, targets: Tensor, alpha: float) -> _Chunk:
-    """Figures of n positions from capped fp32 logits: ``stages`` K x [n, V], ``plain`` [n, V]; targets [n] int64.
+def score_paths(stages: list[Tensor], plain: Tensor, targets: Tensor, alpha: float) -> PathScores:
+    """Every path at n positions, from capped fp32 logits: ``stages`` K x [n, V], ``plain`` [n, V]; targets [n] int64.
 
     No stages means a model trained on the plain path. The tensors of ``stages`` are overwritten.
     """
-    out = _Chunk({}, {})
+    out = PathScores({}, {})
     _score(out, "plain", plain, targets)
     if not stages:
         for name in ("full", "stage0", "prefix0"):
@@ -279,7 +221,7 @@ def measure_paths(stages: list[Tensor], plain: Tensor, targets: Tensor, alpha: f
     return out
 
 
-def _score(out: _Chunk, name: str, logits: Tensor, targets: Tensor) -> Tensor:
+def _score(out: PathScores, name: str, logits: Tensor, targets: Tensor) -> Tensor:
     """Store nats and correctness of logits [n, V] under ``name``; return the top-1 tokens [n]."""
     top = _argmax(logits)
     peak = logits.gather(-1, top[:, None])
@@ -308,7 +250,7 @@ def _argmax(logits: Tensor) -> Tensor:
 class _Collector:
     """Adds up per-document sums and keeps the first positions."""
 
-    def __init__(self, documents: list[NDArray], byte_counts: NDArray[np.int64], positions: int) -> None:
+    def __init__(self, documents: list[NDArray[np.int64]], byte_counts: NDArray[np.int64], positions: int) -> None:
         self.bytes = byte_counts
         self.targets = np.array([len(ids) for ids in documents], dtype=np.int64)
         # The longest run of documents, from the first on, that fits; two with tokens at least, for cross-fitting.
@@ -316,21 +258,22 @@ class _Collector:
         self.kept_documents = max(fitting, int(np.flatnonzero(self.targets)[:2][-1]) + 1)
         self.nats: dict[str, NDArray[np.float64]] = {}
         self.correct: dict[str, NDArray[np.float64]] = {}
-        self.kept: list[tuple[NDArray, ...]] = []
+        self.kept: list[tuple[NDArray[Any], ...]] = []
 
-    def add(self, owner: NDArray[np.int64], chunk: _Chunk) -> None:
+    def add(self, owner: NDArray[np.int64], scores: PathScores) -> None:
         count = len(self.targets)
-        for sums, values in ((self.nats, chunk.nats), (self.correct, chunk.correct)):
+        for sums, values in ((self.nats, scores.nats), (self.correct, scores.correct)):
             for name, value in values.items():
                 weights = value.double().cpu().numpy()
-                sums[name] = sums.get(name, 0.0) + np.bincount(owner, weights=weights, minlength=count)
+                added = np.bincount(owner, weights=weights, minlength=count).astype(np.float64, copy=False)
+                sums[name] = sums[name] + added if name in sums else added
         keep = owner < self.kept_documents
         if keep.any():
             rows = [
                 torch.stack(values).cpu().numpy()[:, keep] if values else np.empty((0, int(keep.sum())), dtype)
-                for values, dtype in ((chunk.margin, np.float32), (chunk.range, np.float32), (chunk.agrees, np.bool_))
+                for values, dtype in zip((scores.margin, scores.range, scores.agrees), _DTYPES, strict=True)
             ]
-            correct = [chunk.correct[name].cpu().numpy()[keep] for name in ("stage0", "full")]
+            correct = [scores.correct[name].cpu().numpy()[keep] for name in ("stage0", "full")]
             self.kept.append((owner[keep], *rows, *correct))
 
     def result(self) -> tuple[DocumentSums, Positions]:

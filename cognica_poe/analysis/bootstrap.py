@@ -1,8 +1,8 @@
-"""Paired bootstrap over documents: the uncertainty of every figure of a record.
+"""Paired bootstrap over documents: the uncertainty of every number of a record.
 
-A figure such as bits per byte is a ratio of sums over documents. Documents, not tokens, are the independent draws of a
+A number such as bits per byte is a ratio of sums over documents. Documents, not tokens, are the independent draws of a
 validation slice (tokens of one document are correlated), so documents are resampled with replacement. One set of
-resampling weights serves all figures of a record and its predecessor, which makes every comparison paired: two
+resampling weights serves all numbers of a record and its predecessor, which makes every comparison paired: two
 checkpoints or two paths see the same resampled documents (Efron and Tibshirani 1993, chapters 8 and 13).
 """
 

@@ -3,7 +3,7 @@
 The card's probes of ``lm_head_stages[k].weight`` [V, D]: alignment of dominant singular vectors, unique share by
 Gram-Schmidt, tokens of the dominant direction, one stage head switched off, and all of them scaled by beta.
 
-A caution that belongs to every figure here: ``lm_head + lm_head_stages[k]`` holds one matrix too many. Adding M to the
+A caution that belongs to every number here: ``lm_head + lm_head_stages[k]`` holds one matrix too many. Adding M to the
 shared head and subtracting it from every stage head changes no prediction, but does change alignment, unique shares and
 perturbations; they describe the optimiser's choice as much as the function.
 """
@@ -11,22 +11,27 @@ perturbations; they describe the optimiser's choice as much as the function.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cognica_poe.analysis.bits_per_byte import evaluate
+from cognica_poe.analysis.bits_per_byte import measure_paths
 from cognica_poe.analysis.bootstrap import Bootstrap, Interval
+
+if TYPE_CHECKING:
+    from cognica_poe.data.tokenizer import Tokenizer
+    from cognica_poe.modeling.modeling_cognica_poe import CognicaPoEForCausalLM
 
 BETAS = (0.0, 0.5, 2.0)
 
 
 @dataclass(frozen=True)
 class HeadGeometry:
-    """From the weights alone; ``None`` where a head is zero (as at initialisation) and the figure has no meaning.
+    """From the weights alone; ``None`` where a head is zero (as at initialisation) and the number has no meaning.
 
     alignment [K][K]: cosine of the dominant left singular vectors u_i, u_j, signed by that of the right ones, so that
     the free sign of a singular pair cancels. unique_share [K]: squared norm of head k outside the span of the heads
@@ -52,12 +57,12 @@ class HeadPerturbation:
 
 
 @torch.no_grad()
-def head_geometry(model: torch.nn.Module, tokenizer, *, tokens: int = 10) -> HeadGeometry | None:
+def head_geometry(model: CognicaPoEForCausalLM, tokenizer: Tokenizer, *, tokens: int = 10) -> HeadGeometry | None:
     """Geometry of the stage heads of ``model``, in fp64; ``None`` if it has no two stage heads."""
     config = model.config
     if config.num_stages < 2 or not config.per_stage_head or config.poe_mode == "none":
         return None
-    heads = [head.weight.detach().double() for head in model.lm_head_stages]
+    heads = [weight.detach().double() for weight in _stage_heads(model, range(config.num_stages))]
     gram = torch.stack([torch.stack([(a * b).sum() for b in heads]) for a in heads]).cpu()
     dominant = [_dominant_pair(head) for head in heads]
     return HeadGeometry(
@@ -66,6 +71,11 @@ def head_geometry(model: torch.nn.Module, tokenizer, *, tokens: int = 10) -> Hea
         unique_share=_unique_shares(gram),
         top_tokens=[[] if pair is None else _top_tokens(pair[0], tokenizer, tokens) for pair in dominant],
     )
+
+
+def _stage_heads(model: CognicaPoEForCausalLM, stages: Iterable[int]) -> list[torch.nn.Parameter]:
+    """Weights [V, D] of the additive heads of ``stages``."""
+    return [model.get_parameter(f"lm_head_stages.{stage}.weight") for stage in stages]
 
 
 def _dominant_pair(head: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -99,15 +109,15 @@ def _unique_shares(gram: Tensor) -> list[float | None]:
     return shares
 
 
-def _top_tokens(left: Tensor, tokenizer, count: int) -> list[str]:
+def _top_tokens(left: Tensor, tokenizer: Tokenizer, count: int) -> list[str]:
     left = left if float((left**3).sum()) >= 0 else -left
     best = left[: tokenizer.vocab_size].topk(min(count, tokenizer.vocab_size)).indices
     return [tokenizer.decode([int(index)]) for index in best]
 
 
 def perturb_heads(
-    model: torch.nn.Module,
-    tokenizer,
+    model: CognicaPoEForCausalLM,
+    tokenizer: Tokenizer,
     texts: Sequence[str],
     *,
     betas: Sequence[float] = BETAS,
@@ -122,7 +132,7 @@ def perturb_heads(
     stages = model.config.num_stages
 
     def nats() -> tuple[np.ndarray, np.ndarray]:
-        sums = evaluate(model, tokenizer, texts, batch_rows=batch_rows, positions=0).sums
+        sums = measure_paths(model, tokenizer, texts, batch_rows=batch_rows, positions=0).sums
         return sums.nats["full"], sums.bytes
 
     before, size = nats()
@@ -139,8 +149,8 @@ def perturb_heads(
 
 
 @contextlib.contextmanager
-def _scaled_heads(model: torch.nn.Module, stages: Sequence[int], beta: float) -> Iterator[None]:
-    weights = [model.lm_head_stages[stage].weight for stage in stages]
+def _scaled_heads(model: CognicaPoEForCausalLM, stages: Sequence[int], beta: float) -> Iterator[None]:
+    weights = _stage_heads(model, stages)
     kept = [weight.detach().clone() for weight in weights]
     try:
         with torch.no_grad():

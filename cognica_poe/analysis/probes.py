@@ -11,8 +11,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
+
+from cognica_poe.analysis.conditions import evaluation_mode
+
+if TYPE_CHECKING:
+    from cognica_poe.data.tokenizer import Tokenizer
+    from cognica_poe.modeling.modeling_cognica_poe import CognicaPoEForCausalLM
 
 _NO_PLACE = r"(?:The|It|Its|In|This|That|And|France|French|Capital|City)\b"
 _DAYS = r"\b(?:Mon|Tues|Wednes|Thurs|Fri|Satur|Sun)day\b"
@@ -70,8 +77,8 @@ class ProbeResult:
 
 
 def run_probes(
-    model: torch.nn.Module,
-    tokenizer,
+    model: CognicaPoEForCausalLM,
+    tokenizer: Tokenizer,
     *,
     new_tokens: int = 48,
     probes: Sequence[Probe] = PROBES,
@@ -83,10 +90,8 @@ def run_probes(
     """
     device = next(model.parameters()).device
     special = {index for index, size in enumerate(tokenizer.token_bytes) if size == 0}
-    was_training = model.training
-    model.eval()
     results = []
-    try:
+    with evaluation_mode(model):
         for probe in probes:
             ids = torch.tensor([[tokenizer.bos_id, *tokenizer.encode(probe.prompt)]], device=device)
             length = min(new_tokens, model.config.max_position_embeddings - ids.shape[1])
@@ -97,7 +102,5 @@ def run_probes(
             end = next((place for place, index in enumerate(new) if index in special), len(new))
             text = tokenizer.decode(new[:end])
             results.append(ProbeResult(probe.prompt, text, probe.expected, probe.correct(text)))
-    finally:
-        model.train(was_training)
     log(f"probes: {sum(result.correct for result in results)} of {len(results)} correct")
     return results

@@ -10,17 +10,19 @@ from __future__ import annotations
 import io
 import math
 import zipfile
+from collections.abc import Sized
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from cognica_poe.analysis.bits_per_byte import DocumentSums
 from cognica_poe.errors import UserError
 from cognica_poe.files import disk_errors, write_bytes, write_json
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Literal[1] = 1
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=0)]
 Bits = Annotated[float, Field(ge=0.0)]
@@ -192,7 +194,7 @@ class Delta(_Part):
 
 
 class AnalysisRecord(_Part):
-    """All measured figures of one checkpoint."""
+    """All measurements of one checkpoint."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
     step: Count
@@ -222,7 +224,7 @@ class AnalysisRecord(_Part):
     @model_validator(mode="after")
     def _consistent(self) -> AnalysisRecord:
         stages = len(self.model.stage_layers) if self.path == "pool" else 1
-        lengths = {
+        lengths: dict[str, tuple[Sized, int]] = {
             "bpb.stage": (self.bpb.stage, stages),
             "bpb.prefix": (self.bpb.prefix, stages),
             "accuracy.stage": (self.accuracy.stage, stages),
@@ -248,7 +250,10 @@ class AnalysisRecord(_Part):
         return self._documents
 
     def write(self, folder: Path) -> Path:
-        """Write ``step-N.json`` (and ``step-N.documents.npz``) into ``folder``; returns the path of the JSON."""
+        """Write ``step-N.json`` (and ``step-N.documents.npz``) into ``folder``; returns the path of the JSON.
+
+        Raises UserError where the disk refuses.
+        """
         path = record_path(folder, self.step)
         if self._documents is not None:  # first, so that a record never lacks the sums it was made with
             write_bytes(_documents_path(path), _pack(self._documents))
@@ -271,7 +276,10 @@ def _documents_path(path: Path) -> Path:
 
 
 def read_record(path: Path) -> AnalysisRecord:
-    """Read and check a record. Raises UserError naming the file and the first fault."""
+    """Read and check a record, with its document sums where they lie beside it.
+
+    Raises UserError naming the file and the first fault.
+    """
     path = Path(path)
     try:
         with disk_errors(path):
@@ -292,7 +300,7 @@ def read_record(path: Path) -> AnalysisRecord:
 
 
 def load_records(folder: Path) -> list[AnalysisRecord]:
-    """All records of a run's ``analysis`` folder, by step; an absent folder has none."""
+    """All records of a run's ``analysis`` folder, by step; an absent folder has none. Raises as ``read_record``."""
     paths = Path(folder).glob("step-*.json")
     return sorted((read_record(path) for path in paths), key=lambda record: record.step)
 
@@ -303,17 +311,12 @@ def json_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
-def write_schema(path: Path) -> None:
-    """Write the JSON Schema."""
-    write_json(path, json_schema())
-
-
 def _pack(sums: DocumentSums) -> bytes:
-    arrays = {"bytes": sums.bytes, "targets": sums.targets}
+    arrays: dict[str, NDArray[Any]] = {"bytes": sums.bytes, "targets": sums.targets}
     for kind, values in (("nats", sums.nats), ("correct", sums.correct)):
         arrays |= {f"{kind}.{name}": array for name, array in values.items()}
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
+    np.savez_compressed(buffer, allow_pickle=False, **arrays)
     return buffer.getvalue()
 
 

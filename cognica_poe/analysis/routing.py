@@ -10,10 +10,14 @@ from parameters instead of fixed at 0.51. It is a projection for one token at a 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cognica_poe.analysis.bits_per_byte import Positions
+
+if TYPE_CHECKING:
+    from cognica_poe.modeling.configuration_cognica_poe import CognicaPoEConfig
 
 CAP = 0.02
 
@@ -31,7 +35,7 @@ class RoutingResult:
     positions: int
 
 
-def stage0_cost(config) -> float:
+def stage0_cost(config: CognicaPoEConfig) -> float:
     """Multiply-adds of stage 0 with its head relative to those of the full model with all heads, in (0, 1].
 
     Counts the matrices that a token passes through: attention projections, MLP, one head per stage (folded).

@@ -1,6 +1,6 @@
 """Acceptance of self-speculative decoding: a stage drafts, the full pool verifies.
 
-Acceptance is accepted / proposed draft tokens, pooled over prompts (the definition behind the figures of the model
+Acceptance is accepted / proposed draft tokens, pooled over prompts (the definition behind the numbers of the model
 card). Prompts are the openings of validation documents, spread evenly over those that are long enough; the interval is
 a bootstrap over prompts, because tokens of one continuation are correlated.
 """
@@ -9,11 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from cognica_poe.analysis.bootstrap import Bootstrap
+from cognica_poe.analysis.conditions import evaluation_mode
+
+if TYPE_CHECKING:
+    from cognica_poe.data.tokenizer import Tokenizer
+    from cognica_poe.modeling.modeling_cognica_poe import CognicaPoEForCausalLM
 
 Prompts = list[list[int]]
 
@@ -34,19 +40,21 @@ class SpeculativeResult:
     new_tokens: int
 
 
-def choose_prompts(tokenizer, texts: Sequence[str], *, count: int, tokens: int) -> Prompts:
+def choose_prompts(tokenizer: Tokenizer, texts: Sequence[str], *, count: int, tokens: int) -> Prompts:
     """BOS and the first ``tokens - 1`` tokens of up to ``count`` documents, evenly spaced over the long enough ones.
 
     If no document is that long, all documents with any token serve as a whole.
     """
     encoded = [ids for ids in tokenizer.encode_batch(list(texts)) if len(ids)]
     long = [ids for ids in encoded if len(ids) >= tokens - 1] or encoded
-    places = np.unique(np.linspace(0, len(long) - 1, num=min(count, len(long))).round().astype(int)) if long else []
+    if not long:
+        return []
+    places = np.unique(np.linspace(0, len(long) - 1, num=min(count, len(long))).round().astype(int))
     return [[tokenizer.bos_id, *map(int, long[place][: tokens - 1])] for place in places]
 
 
 def measure_acceptance(
-    model: torch.nn.Module,
+    model: CognicaPoEForCausalLM,
     prompts: Prompts,
     *,
     new_tokens: int = 32,
@@ -65,10 +73,8 @@ def measure_acceptance(
     if model.config.poe_mode == "none" or model.config.num_stages == 1 or not prompts:
         return empty
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
     rows = []
-    try:
+    with evaluation_mode(model):
         for index, prompt in enumerate(prompts):
             ids = torch.tensor([prompt], device=device)
             _, counts = model.generate_speculative(
@@ -81,8 +87,6 @@ def measure_acceptance(
             rows.append((counts["proposed"], counts["accepted"], counts["rounds"]))
             if (index + 1) % 8 == 0:
                 log(f"speculative decoding of {index + 1} of {len(prompts)} prompts")
-    finally:
-        model.train(was_training)
     proposed, accepted, rounds = (np.array(column, dtype=np.int64) for column in zip(*rows, strict=True))
     low = high = None
     if (proposed > 0).sum() >= 2:
@@ -101,10 +105,3 @@ def measure_acceptance(
         prompts=len(rows),
         new_tokens=new_tokens,
     )
-
-
-def acceptance_by_length(
-    model: torch.nn.Module, prompts: Prompts, lengths: Sequence[int] = (2, 4, 8), **options
-) -> list[SpeculativeResult]:
-    """``measure_acceptance`` for several draft lengths over the same prompts."""
-    return [measure_acceptance(model, prompts, draft_length=length, **options) for length in lengths]

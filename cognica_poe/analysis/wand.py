@@ -14,13 +14,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from cognica_poe.analysis.bits_per_byte import Positions, evaluate
+from cognica_poe.analysis.bits_per_byte import Positions, measure_paths
 from cognica_poe.errors import UserError
+
+if TYPE_CHECKING:
+    from cognica_poe.data.tokenizer import Tokenizer
+    from cognica_poe.modeling.modeling_cognica_poe import CognicaPoEForCausalLM
 
 QUANTILE = 0.99
 CALIBRATION_TOKENS = 131_072
@@ -83,8 +87,8 @@ def cross_fit(positions: Positions, *, safety: float = 1.0, quantile: float = QU
 
 
 def calibrate(
-    model: torch.nn.Module,
-    tokenizer,
+    model: CognicaPoEForCausalLM,
+    tokenizer: Tokenizer,
     texts: Sequence[str],
     *,
     tokens: int = CALIBRATION_TOKENS,
@@ -96,7 +100,7 @@ def calibrate(
 
     Raises:
         UserError: the model was trained on the plain path.
-        ValueError: as ``evaluate`` and ``cross_fit``.
+        ValueError: as ``measure_paths`` and ``cross_fit``.
     """
     if model.config.poe_mode == "none":
         raise UserError(
@@ -112,5 +116,5 @@ def calibrate(
         letters += len(text)
     sizes = np.cumsum([len(ids) for ids in tokenizer.encode_batch(chosen)])
     kept = max(2, int(np.searchsorted(sizes, tokens, side="right")))
-    evaluation = evaluate(model, tokenizer, chosen[:kept], batch_rows=batch_rows, positions=tokens, log=log)
+    evaluation = measure_paths(model, tokenizer, chosen[:kept], batch_rows=batch_rows, positions=tokens, log=log)
     return cross_fit(evaluation.positions, safety=safety)

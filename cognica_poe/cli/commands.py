@@ -73,7 +73,7 @@ def calibrate(checkpoint: Positional[Path], text: Path, tokens: int = 131_072, j
     """
     import tempfile
 
-    from cognica_poe.analysis.analyzer import validation_slice
+    from cognica_poe.analysis.validation import validation_slice
     from cognica_poe.analysis.wand import calibrate as calibrate_bounds
     from cognica_poe.data.build import build
     from cognica_poe.data.manifest import read_documents

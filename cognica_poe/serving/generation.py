@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from cognica_poe.analysis.threads import one_thread
+from cognica_poe.analysis.conditions import one_thread
 from cognica_poe.errors import UserError
 
 MODES = ("full", "prefix", "stage", "wand", "speculative", "parallel")

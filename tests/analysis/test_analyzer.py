@@ -1,12 +1,13 @@
-import hashlib
 import json
 
 import pytest
 import torch
 
-from cognica_poe.analysis.analyzer import analyze, validation_slice, weights_sha256
+from cognica_poe.analysis.analyzer import analyze, weights_sha256
+from cognica_poe.analysis.baseline import xz_baseline
 from cognica_poe.analysis.record import read_record
-from cognica_poe.errors import UserError
+from cognica_poe.data.build import build
+from cognica_poe.data.manifest import read_documents
 from tests.analysis.helpers import ByteTokenizer, make_texts
 from tests.conftest import make_model
 
@@ -15,8 +16,6 @@ OPTIONS = {"step": 10, "tokens_seen": 640, "name": "tiny", "prompts": 3, "new_to
 
 @pytest.fixture
 def data_dir(tmp_path):
-    from cognica_poe.data.build import build
-
     folder = tmp_path / "texts"
     folder.mkdir()
     for index, text in enumerate(make_texts(60, longest=90)):
@@ -109,44 +108,6 @@ def test_diverged_weights_give_no_record(data_dir):
         analyze(model, ByteTokenizer(), data_dir, **OPTIONS)
 
 
-def test_slice_takes_everything_that_fits():
-    texts = [f"document {index} é" for index in range(20)]
-    part = validation_slice([*texts, ""], max_bytes=1_000_000)
-    assert part == validation_slice(texts) and part.texts == texts
-    assert (part.unit, part.sampled, part.bytes) == ("document", False, sum(len(text.encode()) for text in texts))
-    assert part.sha256 != validation_slice(texts[::-1]).sha256
-
-
-def test_slice_samples_by_hash_and_cuts_long_documents():
-    texts = [f"{index} é" * (3 + index % 700) for index in range(400)]
-    part = validation_slice(texts, max_bytes=100_000)
-    hashed = sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())
-    expected, left = [], 100_000
-    for text in hashed:
-        data = text.encode()[: min(100_000 // 32, left)]
-        if left > 0:
-            expected.append(data.decode(errors="ignore"))
-            left -= len(data)
-    assert part.texts == [text for text in expected if text] and part.sampled
-    assert 99_800 <= part.bytes <= 100_000
-    assert validation_slice(reversed(texts), max_bytes=100_000) == part  # the order of the shards does not matter
-
-
-def test_few_documents_are_cut_into_pieces():
-    text = "".join(f"line {index}\n" for index in range(500))
-    part = validation_slice([text])
-    assert part.unit == "piece" and 8 <= len(part.texts) <= 20 and "".join(part.texts) == text
-    assert all(piece.endswith("\n") for piece in part.texts)
-    assert "".join(validation_slice(["x" * 1000]).texts) == "x" * 1000
-
-
-def test_no_validation_text_is_a_users_mistake():
-    with pytest.raises(UserError, match="no document"):
-        validation_slice([""])
-    with pytest.raises(UserError, match="single short document"):
-        validation_slice(["x"])
-
-
 def test_weights_hash_sees_every_bit():
     model = small_model()
     before = weights_sha256(model)
@@ -158,9 +119,8 @@ def test_weights_hash_sees_every_bit():
 
 
 def test_baseline_of_xz_is_stored_and_a_mismatch_is_said(data_dir):
-    from cognica_poe.analysis.baseline import baseline_for
-
-    lines, baseline = [], baseline_for(data_dir)
+    train, val = ([document.text for document in read_documents(data_dir, split)] for split in ("train", "val"))
+    lines, baseline = [], xz_baseline(train, val)
     record = analyze(small_model(), ByteTokenizer(), data_dir, baseline=baseline, log=lines.append, **OPTIONS)
     assert record.baseline.model_dump() == baseline and baseline["val_bytes"] == record.validation.bytes
     assert not any("stands for" in line for line in lines)

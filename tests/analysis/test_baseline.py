@@ -3,9 +3,9 @@ import random
 
 import pytest
 
-from cognica_poe.analysis.baseline import baseline_for, xz_baseline
+from cognica_poe.analysis.baseline import xz_baseline
 from cognica_poe.data.build import build
-from cognica_poe.data.manifest import load_manifest
+from cognica_poe.data.manifest import load_manifest, read_documents
 from cognica_poe.errors import UserError
 
 
@@ -53,16 +53,13 @@ def test_long_training_text_is_cut_at_its_front_and_says_so():
     assert not xz_baseline([held], [held], max_priming_bytes=len(held))["train_truncated"]
 
 
-def test_bytes_may_be_given():
-    assert xz_baseline(b"abc" * 50, b"abd" * 50) == xz_baseline(["abc" * 50], ["abd" * 50])
-
-
 def test_of_a_data_folder(tmp_path):
     for number in range(40):
         (tmp_path / "in").mkdir(exist_ok=True)
         (tmp_path / "in" / f"{number}.txt").write_text(words(number, 200))
     build(tmp_path / "in", tmp_path / "data", val_fraction=0.2, val_min_bytes=100)
-    result = baseline_for(tmp_path / "data")
+    train, val = ([d.text for d in read_documents(tmp_path / "data", split)] for split in ("train", "val"))
+    result = xz_baseline(train, val)
     assert result["val_bytes"] == load_manifest(tmp_path / "data").splits["val"].bytes
     assert 2 < result["xz_primed_bpb"] <= result["xz_bpb"] + 0.1 < 5
 

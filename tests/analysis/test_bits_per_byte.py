@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from cognica_poe.analysis import bits_per_byte
-from cognica_poe.analysis.bits_per_byte import document_windows, evaluate, measure_paths
+from cognica_poe.analysis import bits_per_byte, windows
+from cognica_poe.analysis.bits_per_byte import measure_paths, score_paths
+from cognica_poe.analysis.windows import document_windows
 from cognica_poe.modeling.sampling_cognica_poe import combine
 from tests.analysis.helpers import BOS, ByteTokenizer, make_texts
 from tests.conftest import make_model
@@ -50,7 +51,7 @@ def test_one_pass_equals_the_slow_reference(alpha, stage_layers):
     model = make_model(poe_alpha=alpha, poe_stage_layers=stage_layers, max_position_embeddings=24)
     texts = make_texts(7)
     rows = slow_reference(model, texts)
-    result = evaluate(model, TOKENIZER, texts, batch_rows=3)
+    result = measure_paths(model, TOKENIZER, texts, batch_rows=3)
     assert result.tokens == len(rows) == sum(map(len, texts))
     assert result.sums.stages == len(stage_layers)
     for name in rows[0][1]:
@@ -77,7 +78,7 @@ def test_measured_paths_in_fp32_match_fp64():
     generator = torch.Generator().manual_seed(1)
     stages = [15 * torch.tanh(2 * torch.randn(40, 300, generator=generator)) for _ in range(4)]
     plain, targets = torch.randn(40, 300, generator=generator), torch.arange(40)
-    chunk = measure_paths([z.clone() for z in stages], plain, targets, alpha=0.0)
+    chunk = score_paths([z.clone() for z in stages], plain, targets, alpha=0.0)
     pool = combine([z.double() for z in stages])
     assert torch.allclose(chunk.nats["full"].double(), -pool[torch.arange(40), targets], atol=2e-5)
     first = combine([z.double() for z in stages[:3]]).topk(2).values
@@ -89,7 +90,7 @@ def test_measured_paths_in_fp32_match_fp64():
 def test_plain_mode_has_one_stage_that_is_the_plain_path():
     model = make_model(poe_mode="none", max_position_embeddings=24)
     texts = make_texts(4)
-    result = evaluate(model, TOKENIZER, texts)
+    result = measure_paths(model, TOKENIZER, texts)
     assert result.sums.stages == 1 and set(result.sums.nats) == {"full", "plain", "stage0", "prefix0"}
     nats = 0.0
     for text in texts:
@@ -104,10 +105,10 @@ def test_plain_mode_has_one_stage_that_is_the_plain_path():
 
 def test_batching_and_chunks_do_not_change_the_result(monkeypatch):
     model, texts = make_model(max_position_embeddings=16), make_texts(9)
-    wide = evaluate(model, TOKENIZER, texts, batch_rows=32)
+    wide = measure_paths(model, TOKENIZER, texts, batch_rows=32)
     monkeypatch.setattr(bits_per_byte, "_CHUNK_BYTES", 4 * 97 * 5)
-    monkeypatch.setattr(bits_per_byte, "_LOGITS_BYTES", 4 * 97 * 4 * 16 * 2)
-    narrow = evaluate(model, TOKENIZER, texts, batch_rows=32)
+    monkeypatch.setattr(windows, "_LOGITS_BYTES", 4 * 97 * 4 * 16 * 2)
+    narrow = measure_paths(model, TOKENIZER, texts, batch_rows=32)
     for name, nats in wide.sums.nats.items():
         np.testing.assert_allclose(narrow.sums.nats[name], nats, rtol=1e-12)
     np.testing.assert_allclose(narrow.positions.margin, wide.positions.margin, rtol=1e-9)
@@ -126,7 +127,7 @@ def test_windows_score_every_token_once():
 def test_overlap_gives_more_context():
     model, texts = make_model(max_position_embeddings=16), make_texts(3, longest=50)
     ids = TOKENIZER.encode(texts[0])
-    overlapped = evaluate(model, TOKENIZER, texts, stride=1)
+    overlapped = measure_paths(model, TOKENIZER, texts, stride=1)
     assert overlapped.tokens == sum(map(len, texts))
     nats = 0.0
     for t, target in enumerate(ids):
@@ -139,29 +140,29 @@ def test_overlap_gives_more_context():
 def test_kept_positions_stop_at_the_budget_on_a_document_boundary():
     model, texts = make_model(max_position_embeddings=24), make_texts(8)
     sizes = np.cumsum([len(text) for text in texts])
-    result = evaluate(model, TOKENIZER, texts, positions=int(sizes[3]) + 1)
+    result = measure_paths(model, TOKENIZER, texts, positions=int(sizes[3]) + 1)
     assert result.positions.document.max() == 3 and len(result.positions.document) == sizes[3]
-    least = evaluate(model, TOKENIZER, ["", "", *texts], positions=0).positions  # two documents with tokens
+    least = measure_paths(model, TOKENIZER, ["", "", *texts], positions=0).positions  # two documents with tokens
     assert np.unique(least.document).tolist() == [2, 3]
     assert result.sums.targets.sum() == sizes[-1]
 
 
 def test_training_flag_and_progress():
     model, lines = make_model(max_position_embeddings=24).train(), []
-    evaluate(model, TOKENIZER, make_texts(3), log=lines.append)
+    measure_paths(model, TOKENIZER, make_texts(3), log=lines.append)
     assert model.training and lines and "tokens" in lines[0]
 
 
 def test_bad_input_is_refused():
     model = make_model(max_position_embeddings=24)
     with pytest.raises(ValueError, match="stride"):
-        evaluate(model, TOKENIZER, ["abc"], stride=25)
+        measure_paths(model, TOKENIZER, ["abc"], stride=25)
     with pytest.raises(ValueError, match="no token"):
-        evaluate(model, TOKENIZER, ["", ""])
+        measure_paths(model, TOKENIZER, ["", ""])
 
     class Lossy(ByteTokenizer):
         def encode_batch(self, texts):
             return [ids[1:] for ids in super().encode_batch(texts)]
 
     with pytest.raises(ValueError, match="stand for 2 bytes"):
-        evaluate(model, Lossy(), ["abc", "abcd"])
+        measure_paths(model, Lossy(), ["abc", "abcd"])

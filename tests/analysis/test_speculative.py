@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from cognica_poe.analysis.speculative import acceptance_by_length, choose_prompts, measure_acceptance
+from cognica_poe.analysis.speculative import choose_prompts, measure_acceptance
 from tests.analysis.helpers import BOS, ByteTokenizer, make_texts
 
 
@@ -44,8 +44,8 @@ def test_interval_narrows_with_more_prompts_and_is_repeatable():
     assert measure_acceptance(FakeModel(), prompts, new_tokens=20) == many
 
 
-def test_draft_lengths():
-    results = acceptance_by_length(FakeModel(), [[BOS, 1], [BOS, 2]], (2, 8), new_tokens=12)
+def test_draft_length_is_what_the_model_drafts():
+    results = [measure_acceptance(FakeModel(), [[BOS, 1], [BOS, 2]], draft_length=n, new_tokens=12) for n in (2, 8)]
     assert [result.draft_length for result in results] == [2, 8]
     assert [result.acceptance for result in results] == pytest.approx([(6 + 8) / 20, (6 + 8) / 80])
 

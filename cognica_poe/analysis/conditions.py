@@ -1,11 +1,26 @@
-"""How many threads a piece of work gets."""
+"""Conditions that a model is measured under: in evaluation mode, and how many threads a piece of work gets."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode within, the mode that was before afterwards."""
+    training = model.training
+    model.eval()  # type: ignore[no-untyped-call]  # transformers'
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 @contextlib.contextmanager
