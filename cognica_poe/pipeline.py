@@ -144,7 +144,7 @@ def export_step(run: Path, recipe: Recipe, model: Any, step: int, log: Log, out:
 
 def publish_run(run: Path, recipe: Recipe, steps: Sequence[int], log: Log) -> None:
     """Publish measured steps into the run's own Hub cache folder, ``release/hub``."""
-    from cognica_poe.release.publish.publish import publish
+    from cognica_poe.release.publish.revisions import publish
 
     folders = [Path(run) / "release" / f"step-{step}" for step in steps]
     hub = Path(run) / "release" / "hub"
@@ -171,7 +171,7 @@ def run_recipe(
     recipe: Recipe, run: Path, *, resume: bool, log: Log, progress: Callable[[int, dict], None]
 ) -> list[int]:
     """Train ``recipe`` in ``run`` and release every step of its schedule; returns the released steps."""
-    from cognica_poe.release.report.report import write_report
+    from cognica_poe.release.report.html import write_report
     from cognica_poe.training.trainer import Trainer
 
     prepare(recipe, run, log, resume)

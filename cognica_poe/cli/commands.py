@@ -123,7 +123,7 @@ def publish(run: Positional[Path], to: str, replace: bool = False, json: bool = 
         json: Print one JSON document.
     """
     from cognica_poe import pipeline
-    from cognica_poe.release.publish.publish import publish as publish_folders
+    from cognica_poe.release.publish.revisions import publish as publish_folders
 
     recipe = pipeline.read_recipe(run)
     folders = sorted((run / "release").glob("step-*"))
@@ -142,7 +142,7 @@ def report(runs: Positional[tuple[Path, ...]], out: Path | None = None) -> None:
         runs: Run folders.
         out: Folder or .html file; the first run's report/ when omitted.
     """
-    from cognica_poe.release.report.report import write_report
+    from cognica_poe.release.report.html import write_report
 
     if not runs:
         raise UserError("report: pass at least one run folder")

@@ -13,7 +13,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 
 MISSING = "\u2013"
-"""What a table shows where a record has no figure."""
+"""What a table shows where a record has no number."""
 
 _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 _MARKDOWN = set("\\`*_[]()<>#!|~$&@:^")

@@ -46,12 +46,11 @@ def logits_in_clean_process(
     """
     from safetensors import safe_open
 
-    local = cache_dir is None
-    where = {} if local else {"revision": revision, "cache_dir": str(Path(cache_dir).resolve())}
+    where = {} if cache_dir is None else {"revision": revision, "cache_dir": str(Path(cache_dir).resolve())}
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "out.safetensors"
         job = {
-            "source": str(Path(source).resolve()) if local else str(source),
+            "source": str(Path(source).resolve()) if cache_dir is None else str(source),
             "where": {**where, "local_files_only": True},
             "ids": list(ids),
             "threads": torch.get_num_threads(),

@@ -28,7 +28,7 @@ from cognica_poe.files import (
     verify_manifest,
     write_bytes,
 )
-from cognica_poe.release.publish.tree import Tree, content_id
+from cognica_poe.release.publish.tree import Tree, content_id, source_sha256
 
 
 class HubFolder:
@@ -92,9 +92,9 @@ class HubFolder:
 
     def _blob(self, source: Path | bytes, digest: str | None) -> str:
         """Store one file under its sha256 unless an undamaged one is there; returns that name."""
-        if isinstance(source, bytes) or digest is None:  # small: made here, or the manifest itself
-            source = source if isinstance(source, bytes) else source.read_bytes()
-        digest = digest or content_sha256(source)
+        if isinstance(source, Path) and digest is None:  # the manifest itself: small
+            source = source.read_bytes()
+        digest = digest or source_sha256(source)
         blob = self.base / "blobs" / digest
         if blob.is_file() and sha256_file(blob) == digest:
             return digest
@@ -125,13 +125,6 @@ def resolve_revision(folder: Path, repo_id: str, revision: str = "main") -> Path
         known = ", ".join(refs) or "none"
         raise UserError(f"{repo_id} in {folder} has no revision {revision!r}; published there: {known}")
     return hub.snapshot(commit)
-
-
-def content_sha256(data: bytes) -> str:
-    """Hex sha256 of bytes."""
-    import hashlib
-
-    return hashlib.sha256(data).hexdigest()
 
 
 def _manifest(tree: Tree) -> bytes:

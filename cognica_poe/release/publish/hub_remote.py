@@ -11,10 +11,14 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from cognica_poe.errors import UserError
 from cognica_poe.release.publish.tree import Tree, source_git_sha1, source_sha256
+
+if TYPE_CHECKING:
+    from huggingface_hub import RepoFile
 
 _KEPT = {".gitattributes"}  # the Hub's own
 
@@ -160,11 +164,12 @@ _REASONS = {
 }
 
 
-def _payload(source: Any) -> str | bytes:
+def _payload(source: Path | bytes) -> str | bytes:
     return source if isinstance(source, bytes) else str(source)
 
 
-def _same(source: Any, entry: Any) -> bool:
+def _same(source: Path | bytes, entry: RepoFile) -> bool:
+    """Whether the Hub's checksum of a file is that of ``source``."""
     if entry.lfs is not None:
         return source_sha256(source) == entry.lfs.sha256
     return source_git_sha1(source) == entry.blob_id

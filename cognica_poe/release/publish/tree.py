@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cognica_poe.files import MANIFEST, Manifest, sha256_file
-from cognica_poe.release.card.card import render_card
+from cognica_poe.release.card.markdown import render_card
 from cognica_poe.release.export import WEIGHTS, Release
 
 Tree = dict[str, Path | bytes]

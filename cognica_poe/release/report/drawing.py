@@ -1,4 +1,4 @@
-"""Plots of a run as inline SVG: one function per figure, deterministic bytes, colours that follow the page's theme.
+"""Drawing of plots as inline SVG: deterministic bytes, colours that follow the page's theme.
 
 matplotlib's object interface alone is used (no pyplot, no global figure). Two colours are stand-ins: whatever is drawn
 in ``INK`` or ``GRID`` becomes a CSS variable of the page, so that one SVG serves light and dark.
@@ -6,11 +6,15 @@ in ``INK`` or ``GRID`` becomes a CSS variable of the page, so that one SVG serve
 
 from __future__ import annotations
 
+import html
 import io
 import itertools
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 INK, GRID = "#0a0b0c", "#0a0b0d"
 STAGE_COLOURS = ("#3987e5", "#199e70", "#d98a00", "#d55181", "#9085e9", "#008300", "#e66767", "#7a8794")
@@ -18,19 +22,21 @@ RUN_COLOURS = ("#3987e5", "#d98a00", "#199e70", "#d55181", "#9085e9", "#7a8794")
 PLAIN, BASELINE = "#8b8f96", "#c0504d"
 _SIZE = (4.7, 3.55)  # inches; about the width of a phone at 1:1
 _POINTS = 400
-_DASH = re.compile(r"url\(#|xlink:href=\"#|id=\"")
+_IDS = re.compile(r"url\(#|xlink:href=\"#|id=\"")  # what stands before an id
+_VIEW = re.compile(r'viewBox="([^"]+)"')
 
 Line = tuple[str, Sequence[float], Sequence[float], dict[str, Any]]
+"""Label, x, y, and keywords of ``Axes.plot``."""
 
 
-def figure(name: str, draw: Callable[[Any], None], *, x: str, y: str, label: str, legend: int = 3) -> str:
+def svg(name: str, draw: Callable[[Axes], None], *, x: str, y: str, label: str, legend: int = 3) -> str:
     """An SVG element. ``name`` prefixes its ids (unique in a page), ``label`` is read to those who cannot see it,
     ``legend`` its number of columns (0: none)."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    style = {
+    style: dict[Any, Any] = {
         "svg.hashsalt": "cognica-poe",
         "svg.fonttype": "none",
         "font.size": 10,
@@ -64,16 +70,14 @@ def figure(name: str, draw: Callable[[Any], None], *, x: str, y: str, label: str
     return _inline(out.getvalue().decode(), name, label)
 
 
-def _inline(svg: str, name: str, label: str) -> str:
+def _inline(drawn: str, name: str, label: str) -> str:
     """Strip the XML prologue, make ids unique, hand the two stand-in colours to CSS and let the width follow."""
-    import html
-
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
-    svg = _DASH.sub(lambda match: match.group(0) + f"{name}-", svg)
-    svg = svg.replace(INK, "var(--ink)").replace(GRID, "var(--grid)")
-    view = re.search(r'viewBox="([^"]+)"', svg).group(1)
-    body = svg[svg.index(">") + 1 :]
+    drawn = drawn[drawn.index("<svg") :]
+    drawn = re.sub(r"<metadata>.*?</metadata>\s*", "", drawn, flags=re.DOTALL)
+    drawn = _IDS.sub(lambda match: match.group(0) + f"{name}-", drawn)
+    drawn = drawn.replace(INK, "var(--ink)").replace(GRID, "var(--grid)")
+    view = _VIEW.findall(drawn)[0]
+    body = drawn[drawn.index(">") + 1 :]
     return f'<svg class="plot" role="img" aria-label="{html.escape(label)}" viewBox="{view}">{body}'
 
 
@@ -101,14 +105,14 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def draw_lines(axes: Any, lines: Iterable[Line]) -> None:
+def draw_lines(axes: Axes, lines: Iterable[Line]) -> None:
     """Lines with markers where they have few points."""
     for label, xs, ys, style in lines:
         marker = {"marker": "o", "markersize": 3.2} if len(xs) <= 40 and "linestyle" not in style else {}
         axes.plot(xs, ys, label=label, **{"linewidth": 1.4, **marker, **style})
 
 
-def step_axis(axes: Any) -> None:
+def step_axis(axes: Axes) -> None:
     """Whole, thousands-separated steps from the first one on."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
@@ -116,7 +120,7 @@ def step_axis(axes: Any) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
 
 
-def wide_range(axes: Any, values: Iterable[float]) -> None:
+def wide_range(axes: Axes, values: Iterable[float]) -> None:
     """A logarithmic y axis with readable ticks where positive values differ by more than half; else leave it."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
@@ -136,7 +140,7 @@ def wide_range(axes: Any, values: Iterable[float]) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def band(axes: Any, xs: Sequence[float], lows: Sequence[float], highs: Sequence[float], colour: str) -> None:
+def band(axes: Axes, xs: Sequence[float], lows: Sequence[float], highs: Sequence[float], colour: str) -> None:
     """An interval as a faint band (drawn as bars where there is one point only)."""
     if len(xs) > 1:
         axes.fill_between(xs, lows, highs, color=colour, alpha=0.16, linewidth=0)
@@ -144,7 +148,7 @@ def band(axes: Any, xs: Sequence[float], lows: Sequence[float], highs: Sequence[
         axes.vlines(xs, lows, highs, color=colour, linewidth=1.2)
 
 
-def horizontal(axes: Any, value: float | None, label: str, style: str) -> None:
+def horizontal(axes: Axes, value: float | None, label: str, style: str) -> None:
     """A baseline, named in the legend."""
     if value is not None:
         axes.axhline(value, color=BASELINE, linestyle=style, linewidth=1.2, label=label)

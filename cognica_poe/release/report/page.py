@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from cognica_poe.release.text import html_text
+
+if TYPE_CHECKING:
+    from cognica_poe.release.report.plots import Plot
 
 _STYLE = """
 :root { color-scheme: light dark; --page: #fbfbfa; --card: #ffffff; --ink: #22262b; --soft: #5d656e; --grid: #d9dce0;
@@ -106,7 +110,7 @@ def subsection(title: str, body: str) -> str:
 
 
 def tiles(title: str, items: Iterable[tuple[str, str, str]]) -> str:
-    """Key figures: ``(name, value, note)`` each."""
+    """Key numbers: ``(name, value, note)`` each, plain text."""
     head = f"<h2>{html_text(title)}</h2>" if title else ""
     cells = "".join(
         f'<div class="tile"><span>{html_text(name)}</span><b>{html_text(value)}</b>'
@@ -116,7 +120,7 @@ def tiles(title: str, items: Iterable[tuple[str, str, str]]) -> str:
     return f'{head}<div class="row">{cells}</div>'
 
 
-def plots(items: Sequence[Any]) -> str:
+def plots(items: Sequence[Plot]) -> str:
     """A grid of ``plots.Plot``."""
     cells = "".join(
         f"<figure><h3>{html_text(plot.title)}</h3>\n{plot.svg}\n<figcaption>{html_text(plot.note)}</figcaption></figure>\n"
@@ -154,6 +158,4 @@ def fold(summary: str, body: str, is_open: bool = False) -> str:
 
 def code(text: str) -> str:
     """A block of code."""
-    import html
-
     return f"<pre><code>{html.escape(text)}</code></pre>"

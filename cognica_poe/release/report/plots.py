@@ -1,23 +1,23 @@
-"""The figures of the report: what is drawn from metrics and records, and the sentence under each."""
+"""The plots of the report: what is drawn from metrics and records, and the sentence under each."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cognica_poe.release.card.tables import gap_reading, is_pool, stage_count, trained_path
-from cognica_poe.release.report import drawing as fig
+from cognica_poe.release.report import drawing
 from cognica_poe.release.report.run_folder import RunFolder
 
-_LOSS_BY_STAGE = ("loss_stages", "stage_losses", "stage_loss", "losses")
-_THROUGHPUT = ("tokens_per_second", "tokens_per_s", "tok_per_s")
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True)
 class Plot:
-    """One figure of the page."""
+    """One plot of the page: its title, its SVG element, and the sentence under it."""
 
     title: str
     svg: str
@@ -46,7 +46,7 @@ def dig(row: Any, *path: str | int) -> Any:
 
 
 def run_plots(run: RunFolder, prefix: str) -> list[Plot]:
-    """Every figure this run has data for; ``prefix`` makes the ids unique in the page."""
+    """Every plot this run has data for; ``prefix`` makes the ids unique in the page."""
     makers: list[Callable[[RunFolder, str], Plot | None]] = [
         _loss, _bpb, _distance, _accuracy, _gap, _bounds, _exits, _acceptance, _throughput, _rate,
     ]  # fmt: skip
@@ -72,31 +72,37 @@ def _trained_accuracy(run: RunFolder) -> tuple[list[float], list[float]]:
 
 
 def _speed(run: RunFolder) -> tuple[list[float], list[float]]:
-    key = _key(run.metrics, _THROUGHPUT)
-    xs, ys = series(run.metrics, key) if key else ([], [])
-    return fig.thin(xs, fig.smooth(ys))
+    xs, ys = series(run.metrics, "tokens_per_second")
+    return drawing.thin(xs, drawing.smooth(ys))
 
 
-def _compare(runs, name, title, unit, take, logarithmic) -> Plot:
-    lines = []
+def _compare(
+    runs: Sequence[RunFolder],
+    name: str,
+    title: str,
+    unit: str,
+    take: Callable[[RunFolder], tuple[list[float], list[float]]],
+    logarithmic: bool,
+) -> Plot:
+    lines: list[drawing.Line] = []
     for index, run in enumerate(runs):
         xs, ys = take(run)
-        lines.append((run.name, xs, ys, {"color": fig.RUN_COLOURS[index % len(fig.RUN_COLOURS)]}))
+        lines.append((run.name, xs, ys, {"color": drawing.RUN_COLOURS[index % len(drawing.RUN_COLOURS)]}))
 
-    def draw(axes):
-        fig.draw_lines(axes, lines)
-        fig.step_axis(axes)
+    def draw(axes: Axes) -> None:
+        drawing.draw_lines(axes, lines)
+        drawing.step_axis(axes)
         if logarithmic:
-            fig.wide_range(axes, [y for _, _, ys, _ in lines for y in ys])
+            drawing.wide_range(axes, [y for _, _, ys, _ in lines for y in ys])
         elif unit.startswith("tokens"):
             _from_zero(axes, [y for _, _, ys, _ in lines for y in ys])
 
-    svg = fig.figure(name, draw, x="optimiser step", y=unit, label=title)
+    svg = drawing.svg(name, draw, x="optimiser step", y=unit, label=title)
     return Plot(title, svg, "One line per run.")
 
 
 def _colour(stage: int) -> str:
-    return fig.STAGE_COLOURS[stage % len(fig.STAGE_COLOURS)]
+    return drawing.STAGE_COLOURS[stage % len(drawing.STAGE_COLOURS)]
 
 
 def _stages(run: RunFolder) -> range:
@@ -104,33 +110,26 @@ def _stages(run: RunFolder) -> range:
     return range(stage_count(run.latest)) if is_pool(run.latest) else range(0)
 
 
-def _from_zero(axes: Any, values: Sequence[float]) -> None:
+def _from_zero(axes: Axes, values: Sequence[float]) -> None:
     axes.set_ylim(0, 1.12 * max(values, default=1.0) or 1.0)
 
 
-def _key(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str | None:
-    return next((name for name in names if any(name in row for row in rows)), None)
-
-
 def _loss(run: RunFolder, name: str) -> Plot | None:
-    by_stage = _key(run.metrics, _LOSS_BY_STAGE)
-    if by_stage is None and any(isinstance(row.get("loss"), list) for row in run.metrics):
-        by_stage = "loss"
-    width = max((len(row[by_stage]) for row in run.metrics if isinstance(row.get(by_stage), list)), default=0)
+    width = max((len(row["loss_stages"]) for row in run.metrics if isinstance(row.get("loss_stages"), list)), default=0)
     if width:
-        lines = [(f"stage {k}", series(run.metrics, by_stage, k), _colour(k)) for k in range(width)]
+        lines = [(f"stage {k}", series(run.metrics, "loss_stages", k), _colour(k)) for k in range(width)]
     else:
         lines = [("loss", series(run.metrics, "loss"), _colour(0))]
     if not any(xs for _, (xs, _), _ in lines):
         return None
 
-    def draw(axes):
+    def draw(axes: Axes) -> None:
         for label, (xs, ys), colour in lines:
-            axes.plot(*fig.thin(xs, ys), color=colour, linewidth=0.6, alpha=0.25)
-            axes.plot(*fig.thin(xs, fig.smooth(ys)), color=colour, linewidth=1.4, label=label)
-        fig.step_axis(axes)
+            axes.plot(*drawing.thin(xs, ys), color=colour, linewidth=0.6, alpha=0.25)
+            axes.plot(*drawing.thin(xs, drawing.smooth(ys)), color=colour, linewidth=1.4, label=label)
+        drawing.step_axis(axes)
 
-    svg = fig.figure(
+    svg = drawing.svg(
         name, draw, x="optimiser step", y="training loss (nats per token)", label="Training loss", legend=4
     )
     return Plot("Training loss by stage", svg, "Faint: every step. Strong: moving average over about 3 % of the run.")
@@ -142,28 +141,28 @@ def _bpb(run: RunFolder, name: str) -> Plot:
     plain = series(run.records, "bpb", "plain") if stages else ([], [])
     baseline = run.latest.get("baseline") or {}
 
-    def draw(axes):
-        fig.draw_lines(axes, [(f"stage {k}", *xy, {"color": _colour(k)}) for k, xy in enumerate(stages)])
-        style = {"color": fig.INK, "linewidth": 2.0, "markersize": 4}
-        fig.draw_lines(axes, [(trained_path(run.latest), *full, style)])
-        fig.draw_lines(axes, [("plain path", *plain, {"color": fig.PLAIN})] if plain[0] else [])
-        _interval(axes, run.records, ("intervals", "full"), fig.INK)
-        fig.horizontal(axes, baseline.get("xz_bpb"), "xz", ":")
-        fig.horizontal(axes, baseline.get("xz_primed_bpb"), "primed xz", "--")
+    def draw(axes: Axes) -> None:
+        drawing.draw_lines(axes, [(f"stage {k}", *xy, {"color": _colour(k)}) for k, xy in enumerate(stages)])
+        style = {"color": drawing.INK, "linewidth": 2.0, "markersize": 4}
+        drawing.draw_lines(axes, [(trained_path(run.latest), *full, style)])
+        drawing.draw_lines(axes, [("plain path", *plain, {"color": drawing.PLAIN})] if plain[0] else [])
+        _interval(axes, run.records, ("intervals", "full"), drawing.INK)
+        drawing.horizontal(axes, baseline.get("xz_bpb"), "xz", ":")
+        drawing.horizontal(axes, baseline.get("xz_primed_bpb"), "primed xz", "--")
         values = [y for _, ys in (full, plain, *stages) for y in ys]
-        fig.wide_range(axes, [*values, *(v for v in baseline.values() if isinstance(v, float))])
-        fig.step_axis(axes)
+        drawing.wide_range(axes, [*values, *(v for v in baseline.values() if isinstance(v, float))])
+        drawing.step_axis(axes)
 
-    svg = fig.figure(name, draw, x="optimiser step", y="bits per UTF-8 byte", label="Bits per byte by path")
+    svg = drawing.svg(name, draw, x="optimiser step", y="bits per UTF-8 byte", label="Bits per byte by path")
     note = "Held-out text; lower is better. Shaded: 95 % interval of the trained path. xz: general-purpose compressor."
     return Plot("Bits per byte by path", svg, note)
 
 
-def _interval(axes: Any, records: Sequence[Mapping[str, Any]], path: tuple[str, str], colour: str) -> None:
+def _interval(axes: Axes, records: Sequence[Mapping[str, Any]], path: tuple[str, str], colour: str) -> None:
     xs, lows = series(records, *path, 0)
     other, highs = series(records, *path, 1)
     if xs and xs == other:
-        fig.band(axes, xs, lows, highs, colour)
+        drawing.band(axes, xs, lows, highs, colour)
 
 
 def _distance(run: RunFolder, name: str) -> Plot | None:
@@ -178,16 +177,16 @@ def _distance(run: RunFolder, name: str) -> Plot | None:
     count = stage_count(run.latest)
     if count < 2 or not rows:
         return None
-    lines = [(f"stage {k}", *series(rows, "stage", k), {"color": _colour(k)}) for k in range(count)]
+    lines: list[drawing.Line] = [(f"stage {k}", *series(rows, "stage", k), {"color": _colour(k)}) for k in range(count)]
     for k in range(1, count - 1):
         lines.append((f"first {k + 1}", *series(rows, "prefix", k), {"color": _colour(k), "linestyle": (0, (2, 1.2))}))
 
-    def draw(axes):
-        axes.axhline(0, color=fig.INK, linewidth=1.0)
-        fig.draw_lines(axes, lines)
-        fig.step_axis(axes)
+    def draw(axes: Axes) -> None:
+        axes.axhline(0, color=drawing.INK, linewidth=1.0)
+        drawing.draw_lines(axes, lines)
+        drawing.step_axis(axes)
 
-    svg = fig.figure(name, draw, x="optimiser step", y="above full pool (milli-bits per byte)",
+    svg = drawing.svg(name, draw, x="optimiser step", y="above full pool (milli-bits per byte)",
                      label="Distance of stages and prefixes from the full pool")  # fmt: skip
     note = (
         "What one head alone (solid) or the pool of the first stages (dashed) loses against all stages; zero is equal."
@@ -198,20 +197,20 @@ def _distance(run: RunFolder, name: str) -> Plot | None:
 def _accuracy(run: RunFolder, name: str) -> Plot | None:
     if not series(run.records, "accuracy", "full")[0]:
         return None
-    lines = []
+    lines: list[drawing.Line] = []
     for k in _stages(run):
         lines.append((f"stage {k}", *series(run.records, "accuracy", "stage", k), {"color": _colour(k)}))
-    style = {"color": fig.INK, "linewidth": 2.0}
+    style = {"color": drawing.INK, "linewidth": 2.0}
     lines.append((trained_path(run.latest), *series(run.records, "accuracy", "full"), style))
     if lines[1:]:
-        lines.append(("plain path", *series(run.records, "accuracy", "plain"), {"color": fig.PLAIN}))
+        lines.append(("plain path", *series(run.records, "accuracy", "plain"), {"color": drawing.PLAIN}))
     lines = [(label, xs, [100 * y for y in ys], style) for label, xs, ys, style in lines]
 
-    def draw(axes):
-        fig.draw_lines(axes, lines)
-        fig.step_axis(axes)
+    def draw(axes: Axes) -> None:
+        drawing.draw_lines(axes, lines)
+        drawing.step_axis(axes)
 
-    svg = fig.figure(name, draw, x="optimiser step", y="next-token top-1 (%)", label="Accuracy by stage")
+    svg = drawing.svg(name, draw, x="optimiser step", y="next-token top-1 (%)", label="Accuracy by stage")
     return Plot("Accuracy by stage", svg, "Share of held-out tokens whose most likely prediction is right.")
 
 
@@ -222,17 +221,17 @@ def _gap(run: RunFolder, name: str) -> Plot | None:
     rows = [record for record in run.records if record["step"] in set(xs)]
     lows, highs = (dict(zip(*series(rows, "crossover_gap", side), strict=True)) for side in ("low", "high"))
 
-    def draw(axes):
-        axes.axhline(0, color=fig.INK, linewidth=1.0)
+    def draw(axes: Axes) -> None:
+        axes.axhline(0, color=drawing.INK, linewidth=1.0)
         down = [1000 * max(0.0, y - lows.get(x, y)) for x, y in zip(xs, gap, strict=True)]
         up = [1000 * max(0.0, highs.get(x, y) - y) for x, y in zip(xs, gap, strict=True)]
         axes.errorbar(
             xs, [1000 * y for y in gap], yerr=[down, up], color=_colour(0), marker="o", markersize=3.5, capsize=3,
             linewidth=1.2,
         )  # fmt: skip
-        fig.step_axis(axes)
+        drawing.step_axis(axes)
 
-    svg = fig.figure(name, draw, x="optimiser step", y="gap (milli-bits per byte)", label="Crossover gap", legend=0)
+    svg = drawing.svg(name, draw, x="optimiser step", y="gap (milli-bits per byte)", label="Crossover gap", legend=0)
     note = (
         "Full pool minus deepest stage, with its paired 95 % interval. "
         f"At step {run.latest['step']:,}: {gap_reading(run.latest)}."
@@ -248,12 +247,12 @@ def _bounds(run: RunFolder, name: str) -> Plot | None:
         (f"stage {k} to {k + 1}", *series(run.records, "wand_bounds", k), {"color": _colour(k)}) for k in range(width)
     ]
 
-    def draw(axes):
-        fig.draw_lines(axes, lines)
+    def draw(axes: Axes) -> None:
+        drawing.draw_lines(axes, lines)
         _from_zero(axes, [y for _, _, ys, _ in lines for y in ys])
-        fig.step_axis(axes)
+        drawing.step_axis(axes)
 
-    svg = fig.figure(name, draw, x="optimiser step", y="p99 bound (nats)", label="WAND bounds")
+    svg = drawing.svg(name, draw, x="optimiser step", y="p99 bound (nats)", label="WAND bounds")
     return Plot("WAND bounds", svg, "99th percentile of how far the next stage moves the pooled log-probabilities.")
 
 
@@ -262,7 +261,7 @@ def _exits(run: RunFolder, name: str) -> Plot | None:
     if not rows or stage_count(run.latest) < 2:
         return None
 
-    def draw(axes):
+    def draw(axes: Axes) -> None:
         places, floor = range(len(rows)), [0.0] * len(rows)
         for k in range(stage_count(run.latest)):
             parts = [100 * (dig(row, "wand", "exit_fraction", k) or 0.0) for row in rows]
@@ -272,7 +271,7 @@ def _exits(run: RunFolder, name: str) -> Plot | None:
         axes.set_xticks(list(places)[::every], [f"{row['step']:,}" for row in rows][::every])
         axes.set_ylim(0, 100)
 
-    svg = fig.figure(name, draw, x="optimiser step", y="tokens that leave here (%)", label="WAND exits", legend=4)
+    svg = drawing.svg(name, draw, x="optimiser step", y="tokens that leave here (%)", label="WAND exits", legend=4)
     agreement = dig(run.latest, "wand", "agreement")
     note = "Where tokens stop at the measured bounds."
     if isinstance(agreement, (int, float)):
@@ -285,15 +284,15 @@ def _acceptance(run: RunFolder, name: str) -> Plot | None:
     if not xs or not is_pool(run.latest):
         return None
 
-    def draw(axes):
-        fig.draw_lines(axes, [("acceptance", xs, [100 * y for y in ys], {"color": _colour(0)})])
+    def draw(axes: Axes) -> None:
+        drawing.draw_lines(axes, [("acceptance", xs, [100 * y for y in ys], {"color": _colour(0)})])
         lows, highs = (series(run.records, "speculative", side) for side in ("low", "high"))
         if xs == lows[0] == highs[0]:
-            fig.band(axes, xs, [100 * y for y in lows[1]], [100 * y for y in highs[1]], _colour(0))
+            drawing.band(axes, xs, [100 * y for y in lows[1]], [100 * y for y in highs[1]], _colour(0))
         axes.set_ylim(0, 103)
-        fig.step_axis(axes)
+        drawing.step_axis(axes)
 
-    svg = fig.figure(name, draw, x="optimiser step", y="accepted drafts (%)", label="Acceptance", legend=0)
+    svg = drawing.svg(name, draw, x="optimiser step", y="accepted drafts (%)", label="Acceptance", legend=0)
     proposed = dig(run.latest, "speculative", "proposed")
     note = "Self-speculative decoding, accepted over proposed tokens" + (
         f" ({proposed:,} at the last step)." if proposed else "."
@@ -306,12 +305,12 @@ def _throughput(run: RunFolder, name: str) -> Plot | None:
     if not xs:
         return None
 
-    def draw(axes):
+    def draw(axes: Axes) -> None:
         axes.plot(xs, ys, color=_colour(0), linewidth=1.4)
         _from_zero(axes, ys)
-        fig.step_axis(axes)
+        drawing.step_axis(axes)
 
-    svg = fig.figure(name, draw, x="optimiser step", y="tokens per second", label="Throughput", legend=0)
+    svg = drawing.svg(name, draw, x="optimiser step", y="tokens per second", label="Throughput", legend=0)
     return Plot("Training throughput", svg, "Moving average.")
 
 
@@ -320,10 +319,10 @@ def _rate(run: RunFolder, name: str) -> Plot | None:
     if not xs:
         return None
 
-    def draw(axes):
-        axes.plot(*fig.thin(xs, ys), color=_colour(0), linewidth=1.4)
+    def draw(axes: Axes) -> None:
+        axes.plot(*drawing.thin(xs, ys), color=_colour(0), linewidth=1.4)
         _from_zero(axes, ys)
-        fig.step_axis(axes)
+        drawing.step_axis(axes)
 
-    svg = fig.figure(name, draw, x="optimiser step", y="learning-rate scale", label="Learning-rate scale", legend=0)
+    svg = drawing.svg(name, draw, x="optimiser step", y="learning-rate scale", label="Learning-rate scale", legend=0)
     return Plot("Learning-rate schedule", svg, "Warm-up, constant, warm-down: factor on every group's rate.")

@@ -11,8 +11,8 @@ from markdown_it import MarkdownIt
 from cognica_poe.analysis.record import AnalysisRecord
 from cognica_poe.errors import UserError
 from cognica_poe.files import write_json
-from cognica_poe.release.card.card import render_card
-from cognica_poe.release.report.report import write_report
+from cognica_poe.release.card.markdown import render_card
+from cognica_poe.release.report.html import write_report
 from cognica_poe.release.text import html_text, markdown_text, visible
 from tests.release.records import HOSTILE, RELEASE, make_record, make_run
 

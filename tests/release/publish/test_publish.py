@@ -14,7 +14,7 @@ from cognica_poe.release.export import check_release
 from cognica_poe.release.publish import hub_folder
 from cognica_poe.release.publish.clean_load import logits_in_clean_process
 from cognica_poe.release.publish.hub_folder import HubFolder, resolve_revision
-from cognica_poe.release.publish.publish import publish
+from cognica_poe.release.publish.revisions import publish
 from cognica_poe.release.publish.tree import tree_of
 from tests.release.conftest import release_model
 

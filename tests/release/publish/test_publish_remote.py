@@ -7,7 +7,7 @@ import pytest
 
 from cognica_poe.errors import UserError
 from cognica_poe.release.export import check_release
-from cognica_poe.release.publish.publish import publish
+from cognica_poe.release.publish.revisions import publish
 from cognica_poe.release.publish.tree import tree_of
 from tests.release.publish.fake_hub import TOKEN, FakeHub
 

@@ -7,8 +7,8 @@ from html.parser import HTMLParser
 import pytest
 
 from cognica_poe.errors import UserError
-from cognica_poe.release.report import drawing as figures
-from cognica_poe.release.report.report import write_report
+from cognica_poe.release.report import drawing
+from cognica_poe.release.report.html import write_report
 from cognica_poe.release.report.run_folder import read_run
 from tests.release.records import make_record, make_run
 
@@ -68,14 +68,14 @@ def test_page_is_well_formed_and_needs_nothing_from_outside(report):
         for key in ("href", "src", "xlink:href"):
             assert attributes.get(key, "#").startswith("#")
     assert not re.findall(r"url\((?!#)", text)
-    assert len(page.ids) == len(set(page.ids)), "ids are unique over all figures"
+    assert len(page.ids) == len(set(page.ids)), "ids are unique over all plots"
     used = set(re.findall(r"url\(#([^)]+)\)", text)) | {a["xlink:href"][1:] for _, a in page.tags if "xlink:href" in a}
     assert used and used <= set(page.ids)
 
 
-def test_figures_follow_the_theme(report):
+def test_plots_follow_the_theme(report):
     text = report[2]
-    assert figures.INK not in text and figures.GRID not in text
+    assert drawing.INK not in text and drawing.GRID not in text
     assert "fill: var(--ink)" in text and "stroke: var(--grid)" in text
     assert not re.search(r"fill: #f{6}\b", text), "no white panel behind a plot in the dark theme"
 
@@ -156,7 +156,7 @@ def test_mistakes_are_told(tmp_path):
 
 def test_thinning_and_smoothing_keep_the_mean_and_the_ends():
     xs = list(range(1000))
-    thin_x, thin_y = figures.thin(xs, [2.0 * x for x in xs], 100)
+    thin_x, thin_y = drawing.thin(xs, [2.0 * x for x in xs], 100)
     assert len(thin_x) == 100 and all(y == pytest.approx(2 * x) for x, y in zip(thin_x, thin_y, strict=True))
-    ramp = figures.smooth([float(x) for x in xs])
+    ramp = drawing.smooth([float(x) for x in xs])
     assert ramp == pytest.approx(xs), "a centred average does not lag behind a ramp"

@@ -1,6 +1,6 @@
 """The trajectory report: one self-contained HTML file of plots and tables made from run folders.
 
-No script, no outside resource; every figure comes from ``metrics.jsonl``, ``analysis/step-N.json``, ``recipe.json`` and
+No script, no outside resource; every number comes from ``metrics.jsonl``, ``analysis/step-N.json``, ``recipe.json`` and
 the data manifest of the runs. Model outputs are escaped.
 """
 
@@ -35,7 +35,7 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
 
 
 def render_report(runs: Sequence[RunFolder]) -> str:
-    """The whole page."""
+    """The whole page, HTML. The same runs give the same bytes."""
     title = " and ".join(run.name for run in runs) if len(runs) < 4 else f"{runs[0].name} and {len(runs) - 1} more runs"
     names = [run.name for run in runs]
     body = [page.header(title, _subtitle(runs)), '<div class="tiles">', *(_tiles(run, len(runs) > 1) for run in runs)]
@@ -159,7 +159,7 @@ def _probes(run: RunFolder) -> str:
     for record in run.records:
         for probe in record.get("probes") or []:
             by_prompt.setdefault(str(probe.get("prompt")), []).append((record["step"], probe))
-    blocks = []
+    blocks: list[str] = []
     for prompt, probes in by_prompt.items():
         rows = []
         for step, probe in probes:
@@ -191,7 +191,7 @@ folder = "{folder}/release/step-{step}"
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)"""
         return page.code(code)
-    blocks = []
+    blocks: list[str] = []
     for repo, refs in run.revisions.items():
         steps = sorted((name for name in refs if name.startswith("step-")), key=lambda name: int(name[5:]))
         code = f"""from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -246,8 +246,8 @@ def _events_table(events: Sequence[Mapping[str, Any]]) -> str:
     shown = events[-30:]
     rows = []
     for event in shown:
-        kind = event.get("event") or event.get("kind") or event.get("type") or MISSING
-        rest = {key: value for key, value in event.items() if key not in ("step", "event", "kind", "type")}
+        kind = event.get("event", MISSING)
+        rest = {key: value for key, value in event.items() if key not in ("step", "event")}
         detail = ", ".join(f"{key} {value}" for key, value in rest.items())
         rows.append((count(event.get("step")), html_text(kind, 60), html_text(detail, 300)))
     left = f" (the last {len(shown)} of {len(events)})" if len(shown) < len(events) else ""

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cognica_poe.errors import UserError
-from cognica_poe.release.card import tables as tables
+from cognica_poe.release.card import tables
 from cognica_poe.release.card.tables import Record, is_pool, stage_count
 from cognica_poe.release.text import MISSING, count, markdown_table, markdown_text, percent, visible
 

@@ -27,17 +27,29 @@ _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASC
 
 
 class Hub(Protocol):
-    """A place that holds revisions (``HubFolder``, ``HubRepo``)."""
+    """A place that holds revisions (``HubFolder``, ``HubRepo``). All calls raise UserError where the place refuses."""
 
     repo_id: str
     where: str
+    """The place in words, for messages."""
 
-    def open(self) -> None: ...
-    def refs(self) -> dict[str, str]: ...
-    def read(self, commit: str, name: str) -> bytes: ...
-    def holds(self, commit: str, tree: Tree) -> bool: ...
-    def put(self, ref: str, tree: Tree) -> str: ...
-    def finish(self, ref: str, commit: str) -> None: ...
+    def open(self) -> None:
+        """Make the place if it is not there."""
+
+    def refs(self) -> dict[str, str]:
+        """``{name of a revision: commit}``."""
+
+    def read(self, commit: str, name: str) -> bytes:
+        """One file of a revision."""
+
+    def holds(self, commit: str, tree: Tree) -> bool:
+        """Whether the revision is ``tree``, undamaged."""
+
+    def put(self, ref: str, tree: Tree) -> str:
+        """Store ``tree``, check it, then point ``ref`` at it; returns the commit."""
+
+    def finish(self, ref: str, commit: str) -> None:
+        """What is left to do once ``ref`` names ``commit``; can be repeated."""
 
 
 @dataclass(frozen=True)
@@ -67,29 +79,29 @@ def publish(
     latest revision in a clean offline process at the end. Raises UserError for a faulty release, equal weights in two
     steps, code that differs between steps, a step that exists with other content, no token, no network.
     """
-    releases = sorted((check_release(Path(path)) for path in release_dirs), key=lambda release: release.step)
-    if not releases:
+    checked = sorted((check_release(Path(path)) for path in release_dirs), key=lambda release: release.step)
+    if not checked:
         raise UserError("nothing to publish: pass at least one release folder")
     hub = open_hub(dest, repo_id)
-    planned: dict[int, Release] = {}
-    for release in releases:
-        if release.step in planned:
-            raise UserError(f"{planned[release.step].path} and {release.path} are both of step {release.step}")
-        planned[release.step] = release
+    releases: dict[int, Release] = {}
+    for release in checked:
+        if release.step in releases:
+            raise UserError(f"{releases[release.step].path} and {release.path} are both of step {release.step}")
+        releases[release.step] = release
     hub.open()
     before = _published(hub, hub.refs())
-    todo = _plan(hub, planned, before, replace)
-    _check_uniqueness(planned, before)
-    for step, release in planned.items():
+    pending = _pending(hub, releases, before, replace)
+    _check_uniqueness(releases, before)
+    for step, release in releases.items():
         name = f"step-{step}"
-        if step not in todo:
+        if step not in pending:
             hub.finish(name, before[step].commit)
             log(f"publish: {name} is published already")
             continue
         commit = hub.put(name, tree_of(release.path))
         log(f"publish: {name} is {commit[:12]} at {hub.where}")
     steps = _published(hub, hub.refs())
-    main = _publish_main(hub, planned, steps)
+    main = _publish_main(hub, releases, steps)
     log(f"publish: main is step-{max(steps)} ({main[:12]}), {len(steps)} revisions of {hub.repo_id}")
     if clean_load and isinstance(hub, HubFolder):
         for revision in ("main", f"step-{max(steps)}"):
@@ -124,10 +136,10 @@ def _published(hub: Hub, refs: dict[str, str]) -> dict[int, Published]:
     return found
 
 
-def _plan(hub: Hub, planned: dict[int, Release], before: dict[int, Published], replace: bool) -> set[int]:
+def _pending(hub: Hub, releases: dict[int, Release], before: dict[int, Published], replace: bool) -> set[int]:
     """Steps that have to be uploaded."""
-    todo = set()
-    for step, release in planned.items():
+    pending = set()
+    for step, release in releases.items():
         if step in before and hub.holds(before[step].commit, tree_of(release.path)):
             continue
         damaged = step in before and before[step].digests == Manifest.read(release.path).digests
@@ -136,15 +148,15 @@ def _plan(hub: Hub, planned: dict[int, Release], before: dict[int, Published], r
                 f"step-{step} of {hub.repo_id} is published with other content at {hub.where}: a published revision "
                 "stays as it is; use another repository, or --replace"
             )
-        todo.add(step)
-    return todo
+        pending.add(step)
+    return pending
 
 
-def _check_uniqueness(planned: dict[int, Release], before: dict[int, Published]) -> None:
-    """Different weights and the same code in all steps, published and planned."""
+def _check_uniqueness(releases: dict[int, Release], before: dict[int, Published]) -> None:
+    """Different weights and the same code in all steps, those on the hub and those to come."""
     weights = {step: item.weights_sha256 for step, item in before.items()}
     code = {step: item.code for step, item in before.items()}
-    for step, release in planned.items():
+    for step, release in releases.items():
         weights[step] = release.weights_sha256
         code[step] = code_of(Manifest.read(release.path).digests)
     seen: dict[str, int] = {}
@@ -161,12 +173,12 @@ def _check_uniqueness(planned: dict[int, Release], before: dict[int, Published])
             )
 
 
-def _publish_main(hub: Hub, planned: dict[int, Release], steps: dict[int, Published]) -> str:
+def _publish_main(hub: Hub, releases: dict[int, Release], steps: dict[int, Published]) -> str:
     """Make ``main`` the latest step with the trajectory. A later step that is on the hub only stays the latest."""
     latest = max(steps)
-    if latest not in planned:
+    if latest not in releases:
         return _extend_main(hub, steps)
-    tree = main_tree(planned[latest], list(steps.values()))
+    tree = main_tree(releases[latest], list(steps.values()))
     head = hub.refs().get("main")
     return head if head and hub.holds(head, tree) else hub.put("main", tree)
 
