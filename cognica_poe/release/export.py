@@ -32,7 +32,7 @@ from cognica_poe.files import (
     write_bytes,
     write_json,
 )
-from cognica_poe.release.card.card import render_card
+from cognica_poe.release.card.markdown import render_card
 
 WEIGHTS = "model.safetensors"
 CODE = "_cognica_poe.py"
