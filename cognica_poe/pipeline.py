@@ -20,7 +20,7 @@ from cognica_poe.errors import UserError
 from cognica_poe.files import read_json, write_json
 from cognica_poe.recipe.fields import Recipe
 from cognica_poe.recipe.named import find_recipe
-from cognica_poe.recipe.rules import changed_settings
+from cognica_poe.recipe.rules import changed_settings, check_run
 from cognica_poe.recipe.stored import save_recipe
 from cognica_poe.training.build import build_model
 from cognica_poe.training.checkpoint import CheckpointFolder
@@ -31,8 +31,9 @@ Log = Callable[[str], None]
 def prepare(recipe: Recipe, run: Path, log: Log, resume: bool = False) -> None:
     """Recipe, data and tokenizer of a run folder, as far as they are not there yet.
 
-    Raises UserError when the folder belongs to another recipe.
+    Raises UserError, and writes nothing, when no run can start from the recipe or the folder belongs to another one.
     """
+    check_run(recipe)
     run, saved = Path(run), Path(run) / "recipe.json"
     if saved.is_file():
         earlier = find_recipe(str(saved))

@@ -52,6 +52,8 @@ def small_recipe(texts: Path, poe_mode: str = "flat", **training) -> Recipe:
         per_stage_head=poe_mode != "none",
     )
     settings = {"steps": 12, "batch_rows": 4, "micro_rows": 2, "checkpoint_every": 3, **training}
+    warmup = min(tiny.training.schedule.warmup_steps, settings["steps"])
+    settings.setdefault("schedule", dataclasses.replace(tiny.training.schedule, warmup_steps=warmup))
     return check(
         dataclasses.replace(
             tiny,

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
 from cognica_poe.errors import UserError
 from cognica_poe.recipe.fields import Recipe
+
+SHORTEST_CONTEXT = 64
+"""Tokens that a measured draft, prompt and continuation, takes."""
+LARGEST_VOCABULARY = 2**16
+REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +58,47 @@ def check(recipe: Recipe) -> Recipe:
     if recipe.release.repo_id.count("/") != 1:
         raise UserError(f"recipe {recipe.name}: release.repo-id {recipe.release.repo_id!r} must read org/name")
     return recipe
+
+
+def check_run(recipe: Recipe) -> Recipe:
+    """Return ``recipe``, which a run may start from. Raises UserError for what would stop it later, before any work.
+
+    Beyond :func:`check`: the shape must make a model, and training, measuring and publishing must have what they need.
+    """
+    from cognica_poe.modeling.configuration_cognica_poe import CognicaPoEConfig
+
+    check(recipe)
+    try:
+        CognicaPoEConfig(**dataclasses.asdict(recipe.model))
+    except ValueError as error:
+        raise UserError(f"recipe {recipe.name}: {error}") from error
+    for problem in _misfits(recipe):
+        raise UserError(f"recipe {recipe.name}: {problem}")
+    return recipe
+
+
+def _misfits(recipe: Recipe) -> Iterator[str]:
+    """Settings that are sound one by one and not together."""
+    model, training = recipe.model, recipe.training
+    if model.poe_mode == "none" and len(model.poe_stage_layers) > 1:
+        yield (
+            f"model.poe-mode none trains one path, and model.poe-stage-layers names {len(model.poe_stage_layers)} "
+            f"stages; set --model.poe-stage-layers {model.num_hidden_layers}"
+        )
+    if training.schedule.warmup_steps > training.steps:
+        yield (
+            f"training.schedule.warmup-steps {training.schedule.warmup_steps} is longer than the run of "
+            f"{training.steps} steps; lower it to at most {training.steps}"
+        )
+    if model.max_position_embeddings < SHORTEST_CONTEXT:
+        yield (
+            f"model.max-position-embeddings is {model.max_position_embeddings}; releases are measured with prompts and "
+            f"continuations of {SHORTEST_CONTEXT} tokens together: use at least as many"
+        )
+    if model.vocab_size > LARGEST_VOCABULARY:
+        yield f"model.vocab-size is {model.vocab_size}; packed rows hold 16-bit ids: at most {LARGEST_VOCABULARY}"
+    if not REPO_ID.fullmatch(recipe.release.repo_id):
+        yield f"release.repo-id {recipe.release.repo_id!r} must read org/name, in letters, digits, dots, - and _"
 
 
 def _problem(setting: Setting) -> str | None:

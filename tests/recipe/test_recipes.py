@@ -6,12 +6,13 @@ import json
 import pytest
 import torch
 
+from cognica_poe import pipeline
 from cognica_poe.errors import UserError
 from cognica_poe.modeling.configuration_cognica_poe import CognicaPoEConfig
 from cognica_poe.modeling.modeling_cognica_poe import CognicaPoEForCausalLM
 from cognica_poe.recipe.fields import LOG_STEPS
 from cognica_poe.recipe.named import RECIPES, find_recipe
-from cognica_poe.recipe.rules import check
+from cognica_poe.recipe.rules import check, check_run
 from cognica_poe.recipe.stored import recipe_from_dict, save_recipe
 
 
@@ -166,3 +167,31 @@ def test_files_that_cannot_be_read(tmp_path):
 def test_values_that_no_run_can_have(path, value, expected):
     message = refusal(check, changed(RECIPES["tiny"], path, value))
     assert message.startswith("recipe tiny: ") and expected in message
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "expected"),
+    [
+        ("model.poe_stage_layers", (3, 2, 2), "must be positive and sum to num_hidden_layers = 6"),
+        ("model.num_key_value_heads", 2, "is not a multiple of num_key_value_heads 2"),
+        ("model.window_pattern", "SX", "may hold only S (short) and L (long)"),
+        ("model.head_dim", 63, "head_dim 63 must be even"),
+        ("model.poe_mode", "none", "set --model.poe-stage-layers 6"),
+        ("model.max_position_embeddings", 63, "use at least as many"),
+        ("model.vocab_size", 65_537, "at most 65536"),
+        ("training.steps", 9, "training.schedule.warmup-steps 10 is longer than the run of 9 steps"),
+        ("release.repo_id", "../..", "must read org/name"),
+        ("release.repo_id", "org/na me", "must read org/name"),
+    ],
+)
+def test_what_would_stop_a_run_later_is_refused_before_anything_is_written(tmp_path, path, value, expected):
+    recipe = changed(RECIPES["tiny"], path, value)
+    message = refusal(check_run, recipe)
+    assert message.startswith("recipe tiny: ") and expected in message
+    assert refusal(pipeline.prepare, recipe, tmp_path / "run", lambda line: None) == message
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_run_may_start_from_every_named_recipe(name):
+    assert check_run(RECIPES[name]) is RECIPES[name]
