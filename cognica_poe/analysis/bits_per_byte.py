@@ -56,14 +56,6 @@ class DocumentSums:
         """K, the number of stages with numbers of their own."""
         return sum(name.startswith("stage") for name in self.nats)
 
-    def bpb(self, path: str) -> float:
-        """Bits per UTF-8 byte of a path."""
-        return float(self.nats[path].sum() / np.log(2) / self.bytes.sum())
-
-    def accuracy(self, path: str) -> float:
-        """Share of targets that are the path's top-1 token."""
-        return float(self.correct[path].sum() / self.targets.sum())
-
 
 @dataclass
 class Positions:

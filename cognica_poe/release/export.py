@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -34,13 +34,18 @@ from cognica_poe.files import (
 )
 from cognica_poe.release.card.markdown import render_card
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from cognica_poe.modeling.modeling_cognica_poe import CognicaPoEForCausalLM
+
 WEIGHTS = "model.safetensors"
-CODE = "_cognica_poe.py"
-"""How the names of the model code files end."""
+"""File of the weights."""
 REQUIRED = (
     WEIGHTS, "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "analysis.json",
     "release.json", "README.md", "LICENSE", "modeling_cognica_poe.py", "configuration_cognica_poe.py",
 )  # fmt: skip
+"""Files that every release holds, among others."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 _PROBE = 24  # tokens of the reload check
 
@@ -61,7 +66,7 @@ class Release:
 
 
 def export_release(
-    model: Any,
+    model: CognicaPoEForCausalLM,
     tokenizer_dir: Path,
     out: Path,
     *,
@@ -149,7 +154,9 @@ def _read_object(file: Path, what: str) -> dict[str, Any]:
     return value
 
 
-def load_release(path: Path, dtype: torch.dtype | str = "auto") -> tuple[Any, Any]:
+def load_release(
+    path: Path, dtype: torch.dtype | str = "auto"
+) -> tuple[CognicaPoEForCausalLM, PreTrainedTokenizerBase]:
     """``(model in evaluation mode, tokenizer)`` of a release folder, after ``check_release``; runs no code from it."""
     from transformers import AutoTokenizer
 
@@ -161,12 +168,11 @@ def load_release(path: Path, dtype: torch.dtype | str = "auto") -> tuple[Any, An
 
 
 def _plain(value: Mapping[str, Any]) -> dict[str, Any]:
-    """A JSON copy; also takes a pydantic record."""
-    value = value.model_dump(mode="json") if hasattr(value, "model_dump") else dict(value)
-    return json.loads(json.dumps(value, allow_nan=False))
+    """A copy through JSON: what a reader of the file will see."""
+    return json.loads(json.dumps(dict(value), allow_nan=False))
 
 
-def _check_record(model: Any, record: Mapping[str, Any], step: int, bounds: list[float]) -> None:
+def _check_record(model: CognicaPoEForCausalLM, record: Mapping[str, Any], step: int, bounds: list[float]) -> None:
     from cognica_poe.analysis.analyzer import weights_sha256
 
     if record.get("step") != step:
@@ -186,7 +192,9 @@ def _check_tokenizer(folder: Path, vocab_size: int) -> int:
 
 
 @contextlib.contextmanager
-def _as_released(model: Any, bounds: list[float], bos_id: int, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+def _as_released(
+    model: CognicaPoEForCausalLM, bounds: list[float], bos_id: int, dtype: torch.dtype
+) -> Iterator[dict[str, torch.Tensor]]:
     """Yield the state dict to store; meanwhile the model carries the released configuration, then its own again."""
     before = model.config, model.generation_config
     config = copy.deepcopy(model.config)
@@ -204,9 +212,10 @@ def _as_released(model: Any, bounds: list[float], bos_id: int, dtype: torch.dtyp
         model.config, model.generation_config = before
 
 
-def _compare(model: Any, state: Mapping[str, torch.Tensor], folder: Path, dtype: torch.dtype) -> None:
+def _compare(model: CognicaPoEForCausalLM, state: Mapping[str, torch.Tensor], folder: Path, dtype: torch.dtype) -> None:
     """Read the folder back: weights equal to the bit, and logits equal where the dtype is the model's own."""
-    again = type(model).from_pretrained(folder, dtype=dtype, local_files_only=True).to(model.device).eval()
+    again = type(model).from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
+    again.to(model.device)  # type: ignore[arg-type]  # transformers hides the signature behind a wrapper
     loaded = again.state_dict()
     wrong = [name for name in state if name not in loaded or not torch.equal(loaded[name].cpu(), state[name])]
     if wrong or len(loaded) != len(state):

@@ -27,3 +27,13 @@ def make_texts(count: int, seed: int = 0, longest: int = 60) -> list[str]:
     generator = np.random.default_rng(seed)
     letters = list("abcdefghij é\n.,")
     return ["".join(generator.choice(letters, size=generator.integers(1, longest + 1))) for _ in range(count)]
+
+
+def bpb(sums, path: str) -> float:
+    """Bits per UTF-8 byte of a path, by the definition."""
+    return float(sums.nats[path].sum() / np.log(2) / sums.bytes.sum())
+
+
+def accuracy(sums, path: str) -> float:
+    """Share of targets that are the path's top-1 token."""
+    return float(sums.correct[path].sum() / sums.targets.sum())

@@ -9,7 +9,7 @@ from cognica_poe.analysis import bits_per_byte, windows
 from cognica_poe.analysis.bits_per_byte import measure_paths, score_paths
 from cognica_poe.analysis.windows import document_windows
 from cognica_poe.modeling.sampling_cognica_poe import combine
-from tests.analysis.helpers import BOS, ByteTokenizer, make_texts
+from tests.analysis.helpers import BOS, ByteTokenizer, accuracy, bpb, make_texts
 from tests.conftest import make_model
 
 TOKENIZER = ByteTokenizer()
@@ -62,8 +62,8 @@ def test_one_pass_equals_the_slow_reference(alpha, stage_layers):
     total_bytes = sum(len(text.encode()) for text in texts)
     assert total_bytes > result.tokens  # é counts two bytes
     expected = sum(row[1]["full"] for row in rows) / math.log(2) / total_bytes
-    assert result.sums.bpb("full") == pytest.approx(expected, rel=1e-9)
-    assert result.sums.accuracy("full") == pytest.approx(sum(row[2]["full"] for row in rows) / len(rows))
+    assert bpb(result.sums, "full") == pytest.approx(expected, rel=1e-9)
+    assert accuracy(result.sums, "full") == pytest.approx(sum(row[2]["full"] for row in rows) / len(rows))
     positions = result.positions
     assert positions.margin.shape == positions.range.shape == (len(stage_layers) - 1, len(rows))
     np.testing.assert_array_equal(positions.document, [row[0] for row in rows])

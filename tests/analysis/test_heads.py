@@ -3,7 +3,7 @@ import torch
 
 from cognica_poe.analysis.bits_per_byte import measure_paths
 from cognica_poe.analysis.heads import head_geometry, perturb_heads
-from tests.analysis.helpers import ByteTokenizer, make_texts
+from tests.analysis.helpers import ByteTokenizer, bpb, make_texts
 from tests.conftest import make_model
 
 TOKENIZER = ByteTokenizer()
@@ -78,11 +78,11 @@ def test_perturbations_equal_an_edited_model():
         (None, 1.0),
         (None, 2.0),
     ]
-    base = measure_paths(model, TOKENIZER, texts).sums.bpb("full")
+    base = bpb(measure_paths(model, TOKENIZER, texts).sums, "full")
     edited = small_model()
     with torch.no_grad():
         edited.lm_head_stages[1].weight.zero_()
-    assert results[1].value == pytest.approx(measure_paths(edited, TOKENIZER, texts).sums.bpb("full") - base)
+    assert results[1].value == pytest.approx(bpb(measure_paths(edited, TOKENIZER, texts).sums, "full") - base)
     assert results[1].low <= results[1].value <= results[1].high
     assert results[3].value == results[3].low == results[3].high == 0.0
     assert results[4].value != 0.0
