@@ -96,17 +96,17 @@ def _alignment(a: tuple[Tensor, Tensor] | None, b: tuple[Tensor, Tensor] | None)
 
 def _unique_shares(gram: Tensor) -> list[float | None]:
     """Gram-Schmidt from inner products [K, K] alone: what least squares over the earlier heads leaves of each."""
-    shares: list[float | None] = []
+    unique: list[float | None] = []
     for k, norm in enumerate(gram.diagonal()):
         if norm == 0:
-            shares.append(None)
+            unique.append(None)
             continue
         explained = torch.zeros(())
         if k:
             inner = gram[:k, k]
             explained = inner @ torch.linalg.pinv(gram[:k, :k], hermitian=True) @ inner
-        shares.append(float((1.0 - explained / norm).clamp(0.0, 1.0)))
-    return shares
+        unique.append(float((1.0 - explained / norm).clamp(0.0, 1.0)))
+    return unique
 
 
 def _top_tokens(left: Tensor, tokenizer: Tokenizer, count: int) -> list[str]:

@@ -63,7 +63,7 @@ class _Waiting:
         self._items: list[tuple[int, int, int]] = []
         self._taken: list[bool] = []
         self._by_size: list[list[int]] = [[] for _ in range(row_len + 1)]
-        self._alive = [0] * (row_len + 1)
+        self._counts = [0] * (row_len + 1)
         self._sizes: list[int] = []  # sizes that some fragment has, sorted
         self._next = 0
 
@@ -72,8 +72,8 @@ class _Waiting:
         self._by_size[size].append(len(self._items))
         self._items.append(item)
         self._taken.append(False)
-        self._alive[size] += 1
-        if self._alive[size] == 1:
+        self._counts[size] += 1
+        if self._counts[size] == 1:
             insort(self._sizes, size)
 
     def take_next(self) -> tuple[int, int, int] | None:
@@ -84,7 +84,7 @@ class _Waiting:
 
     def take_fit(self, gap: int) -> tuple[int, int, int] | None:
         """One that fills the gap, else the longest that leaves at least two places."""
-        if self._alive[gap]:
+        if self._counts[gap]:
             return self._take_size(gap)
         at = bisect_right(self._sizes, gap - 2)
         return self._take_size(self._sizes[at - 1]) if at else None
@@ -99,7 +99,7 @@ class _Waiting:
 
     def take_near(self, gap: int) -> tuple[int, int, int] | None:
         """One that leaves a single place: the last resort, when all that wait do."""
-        return self._take_size(gap - 1) if gap > 2 and self._alive[gap - 1] else None
+        return self._take_size(gap - 1) if gap > 2 and self._counts[gap - 1] else None
 
     def _take_size(self, size: int) -> tuple[int, int, int]:
         stack = self._by_size[size]
@@ -111,7 +111,7 @@ class _Waiting:
         self._taken[at] = True
         item = self._items[at]
         size = item[2] + 1
-        self._alive[size] -= 1
-        if not self._alive[size]:
+        self._counts[size] -= 1
+        if not self._counts[size]:
             self._sizes.pop(bisect_right(self._sizes, size) - 1)
         return item

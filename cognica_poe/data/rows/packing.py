@@ -111,7 +111,7 @@ def load_facts(out_dir: Path, split: str, epoch: int, fingerprint: str) -> Packe
 
 
 def load_index(out_dir: Path, split: str, epoch: int) -> RowIndex:
-    """Row-to-document index of a packed epoch."""
+    """Row-to-document index of a packed epoch. Raises FileNotFoundError where it was not packed."""
     with np.load(row_file(out_dir, split, epoch, ".npz"), allow_pickle=False) as arrays:
         return RowIndex(**{name: arrays[name] for name in RowIndex.__dataclass_fields__})
 
@@ -165,27 +165,34 @@ def pack(
             _write_rows(out_dir, split, epoch, flat, lengths, index, row_len, tokenizer.bos_id)
         finally:
             flat.unlink(missing_ok=True)
-    cut = np.unique(document[length < lengths[document]])
-    facts = PackedRows(
-        fingerprint=fingerprint,
-        split=split,
-        epoch=epoch,
-        rows=len(first) - 1,
-        row_len=row_len,
-        documents=documents,
-        document_tokens=int(lengths.sum()),
-        kept_fraction=float(length.sum() / lengths.sum()),
-        fragments=len(document),
-        needless_cuts=int((lengths[cut] < row_len).sum()),
-        lowered=int((case == 1).sum()),
-        uppered=int((case == 2).sum()),
-    )
+    facts = _facts_of(index, lengths, fingerprint, split, epoch, row_len)
     write_json(row_file(out_dir, split, epoch, ".json"), asdict(facts))
     log(
         f"rows: {split} epoch {epoch}: {facts.rows:,} rows of {row_len}, "
         f"{100 * facts.kept_fraction:.2f} % of {facts.document_tokens:,} tokens kept"
     )
     return facts
+
+
+def _facts_of(
+    index: RowIndex, lengths: np.ndarray, fingerprint: str, split: str, epoch: int, row_len: int
+) -> PackedRows:
+    """``lengths`` int64 [documents]: in tokens, without BOS."""
+    cut = np.unique(index.document[index.length < lengths[index.document]])
+    return PackedRows(
+        fingerprint=fingerprint,
+        split=split,
+        epoch=epoch,
+        rows=len(index.first) - 1,
+        row_len=row_len,
+        documents=len(lengths),
+        document_tokens=int(lengths.sum()),
+        kept_fraction=float(index.length.sum() / lengths.sum()),
+        fragments=len(index.document),
+        needless_cuts=int((lengths[cut] < row_len).sum()),
+        lowered=int((index.case == 1).sum()),
+        uppered=int((index.case == 2).sum()),
+    )
 
 
 def apply_case(text: str, case: int) -> str:
