@@ -23,7 +23,7 @@ from cognica_poe.modeling.engine_cognica_poe import Engines
 from cognica_poe.modeling.linears_cognica_poe import LINEARS
 from cognica_poe.modeling.modeling_cognica_poe import CognicaPoEForCausalLM
 from cognica_poe.modeling.request_cognica_poe import GenerationRequest, Transcript
-from cognica_poe.modeling.speculation_cognica_poe import Verifier, speculate, verify
+from cognica_poe.modeling.speculation_cognica_poe import Verifier, decode_speculative, verify
 from cognica_poe.modeling.stages_cognica_poe import StageCache
 
 Log = Callable[[str], None]
@@ -138,7 +138,7 @@ def _speculative(model: CognicaPoEForCausalLM, drafter: str, k: int, verifier: V
     @torch.no_grad()
     def answer(ids: torch.Tensor) -> tuple[torch.Tensor, dict]:
         request = GenerationRequest.build(model, ids, **new)
-        transcript, counts = speculate(model, request, 0, k, drafter, verifier=verifier)
+        transcript, counts = decode_speculative(model, request, 0, k, drafter, verifier=verifier)
         return transcript.finish(), counts.as_dict()
 
     return answer
@@ -186,7 +186,8 @@ def nanochat_twin(model: CognicaPoEForCausalLM) -> Any:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return NanoChatForCausalLM(config).to(model.device, model.dtype).eval()
+        twin: torch.nn.Module = NanoChatForCausalLM(config)
+    return twin.to(model.device, model.dtype).eval()
 
 
 def _interleave(contenders: list[Contender], prompts: Sequence[torch.Tensor], rounds: int, log: Log) -> None:

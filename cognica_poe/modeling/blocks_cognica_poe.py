@@ -14,38 +14,32 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from transformers.masking_utils import causal_mask_function, sliding_window_overlay
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_cognica_poe import CognicaPoEConfig
 
-Function = Callable[[torch.Tensor], torch.Tensor]
-Rotary = tuple[torch.Tensor, torch.Tensor]
+Function = Callable[[Tensor], Tensor]
+Rotary = tuple[Tensor, Tensor]
 
 # ---- functions ----------------------------------------------------------------------------------------------------
 
 
-def rmsnorm(x: torch.Tensor, eps: float) -> torch.Tensor:
+def rmsnorm(x: Tensor, eps: float) -> Tensor:
     """Parameter-free RMSNorm over the last dimension."""
     return F.rms_norm(x, (x.shape[-1],), eps=eps)
 
 
-def smear(x: torch.Tensor, before: torch.Tensor, gate: torch.Tensor, strength: torch.Tensor) -> torch.Tensor:
-    """Add to every token's embedding some of its predecessor's.
+def smear(x: Tensor, before: Tensor, gate: Tensor, strength: Tensor) -> Tensor:
+    """Add to normed embeddings ``x`` ``[B, T, D]`` some of those of the tokens ``before``, 0 where there is none.
 
-    Args:
-        x: normed embeddings ``[B, T, D]``.
-        before: those of the tokens before, 0 where there is none.
-        gate: ``[B, T, 1]``, before its sigmoid.
-        strength: the learnt factor, ``[1]``.
+    ``gate`` ``[B, T, 1]`` says how much, up to the learnt factor ``strength`` ``[1]``.
     """
     return x + strength * torch.sigmoid(gate) * before
 
 
-def rotary_factors(
-    positions: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype, heads_dim: int = 1
-) -> Rotary:
+def rotary_factors(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype, heads_dim: int = 1) -> Rotary:
     """cos and sin of integer positions ``[B, T]``; computed in fp32, never stored.
 
     Each is ``[B, 1, T, h/2]``, or ``[B, T, 1, h/2]`` with ``heads_dim=2`` for heads that stand behind time.
@@ -55,26 +49,26 @@ def rotary_factors(
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def apply_rotary(x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
+def apply_rotary(x: Tensor, rotary: Rotary) -> Tensor:
     """Rotate the halves of ``[..., h]`` by minus theta (nanochat's convention, kept for its checkpoints)."""
     cos, sin = rotary
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos + second * sin, second * cos - first * sin), dim=-1)
 
 
-def place_heads(x: torch.Tensor, rotary: Rotary, config: CognicaPoEConfig) -> torch.Tensor:
+def place_heads(x: Tensor, rotary: Rotary, config: CognicaPoEConfig) -> Tensor:
     """Queries or keys ``[..., h]`` rotated to their positions, normed and scaled."""
     return rmsnorm(apply_rotary(x, rotary), config.rms_norm_eps) * config.qk_scale
 
 
-def gate_values(v: torch.Tensor, gate: torch.Tensor, value_embedding: torch.Tensor) -> torch.Tensor:
+def gate_values(v: Tensor, gate: Tensor, value_embedding: Tensor) -> Tensor:
     """Values ``[B, T, G, h]`` plus the tokens' value embeddings ``[B, T, G*h]``, by a ``gate`` ``[B, T, G]``."""
     return v + (3 * torch.sigmoid(gate)).unsqueeze(-1) * value_embedding.view_as(v)
 
 
-def visible_slots(query: torch.Tensor, key: torch.Tensor, window: int) -> dict[str, torch.Tensor]:
+def visible_slots(query: Tensor, key: Tensor, window: int) -> dict[str, Tensor]:
     """Who sees whom, bool by layer type, from positions that broadcast; the functions behind transformers' masks."""
-    see = Callable[[int, int, torch.Tensor, torch.Tensor], torch.Tensor]  # they are declared for single positions
+    see = Callable[[int, int, Tensor, Tensor], Tensor]  # they are declared for single positions
     full = cast(see, causal_mask_function)(0, 0, query, key)
     near = cast(see, sliding_window_overlay(window))(0, 0, query, key)
     return {"full_attention": full, "sliding_attention": full & near}
@@ -88,34 +82,24 @@ def attention_dtype(config: CognicaPoEConfig, dtype: torch.dtype) -> torch.dtype
     return torch.promote_types(dtype, torch.float32) if config.attention_in_fp32 else dtype
 
 
-def feed_forward(n: torch.Tensor, c_fc: Function, c_proj: Function) -> torch.Tensor:
+def feed_forward(n: Tensor, c_fc: Function, c_proj: Function) -> Tensor:
     """Two products around a squared ReLU."""
     return c_proj(F.relu(c_fc(n)).square())
 
 
 def run_layer(
-    x: torch.Tensor,
-    x0: torch.Tensor,
-    resid_lambda: torch.Tensor,
-    x0_lambda: torch.Tensor,
-    eps: float,
-    attention: Function,
-    mlp: Function,
-) -> torch.Tensor:
+    x: Tensor, x0: Tensor, resid_lambda: Tensor, x0_lambda: Tensor, eps: float, attention: Function, mlp: Function
+) -> Tensor:
     """One layer: the residual stream ``x`` mixed with the embedding stream ``x0``, then attention, then the MLP.
 
-    Args:
-        x, x0: ``[B, T, D]``.
-        resid_lambda, x0_lambda: scalars.
-        eps: of the norms.
-        attention, mlp: from normed states ``[B, T, D]`` to what they add.
+    Both streams are ``[B, T, D]``, the lambdas scalars; ``attention`` and ``mlp`` take normed states to what they add.
     """
     x = resid_lambda * x + x0_lambda * x0
     x = x + attention(rmsnorm(x, eps))
     return x + mlp(rmsnorm(x, eps))
 
 
-def softcap(z: torch.Tensor, cap: float) -> torch.Tensor:
+def softcap(z: Tensor, cap: float) -> Tensor:
     """``cap * tanh(z / cap)`` of logits, in fp32 (fp64 stays)."""
     return cap * torch.tanh(z.to(torch.promote_types(z.dtype, torch.float32)) / cap)
 
@@ -208,3 +192,12 @@ class Block(nn.Module):
         """``x``, ``x0`` ``[B, T, D]``, the lambdas scalars; returns ``[B, T, D]``."""
         attention = functools.partial(self.attn, rotary=rotary, mask=mask, value_embedding=value_embedding, cache=cache)
         return run_layer(x, x0, resid_lambda, x0_lambda, self.eps, attention, self.mlp)
+
+
+class Trunk(nn.Module):
+    """Token embeddings and layers, under the names of nanochat's checkpoints."""
+
+    def __init__(self, config: CognicaPoEConfig):
+        super().__init__()
+        self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.h = nn.ModuleList([Block(config, i) for i in range(config.num_hidden_layers)])

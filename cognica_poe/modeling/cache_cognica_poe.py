@@ -22,6 +22,8 @@ class CognicaCacheLayer(CacheLayerMixin):
     is_compileable = False
     is_croppable = True
     is_sliding = False
+    keys: torch.Tensor  # from the first update on
+    values: torch.Tensor
 
     def __init__(self, max_length: int):
         super().__init__()
@@ -97,15 +99,14 @@ class CognicaKVCache(Cache):
     def __init__(self, config, max_length: int | None = None):
         self.max_length = max_length or config.max_position_embeddings
         super().__init__(layers=[CognicaCacheLayer(self.max_length) for _ in range(config.num_hidden_layers)])
-        self.ids: torch.Tensor | None = None
-        self.real: torch.Tensor | None = None
+        self.ids = self.real = torch.empty(0)  # allocated with the first ids
 
     def record(self, ids: torch.Tensor, real: torch.Tensor | None) -> None:
         """Remember the ids ``[B, T]`` of the block about to run, and which of them are real (``None``: all)."""
         start, end = self.get_seq_length(), self.get_seq_length() + ids.shape[1]
         if end > self.max_length:
             raise ValueError(f"the context is full: {end} tokens do not fit a cache of {self.max_length}")
-        if self.ids is None:
+        if not self.ids.numel():
             self.ids = ids.new_zeros(ids.shape[0], self.max_length)
             self.real = torch.zeros_like(self.ids, dtype=torch.bool)
         self.ids[:, start:end] = ids
@@ -128,11 +129,11 @@ class CognicaKVCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        if self.ids is not None:
+        if self.ids.numel():
             self.ids = self.ids.repeat_interleave(repeats, dim=0)
             self.real = self.real.repeat_interleave(repeats, dim=0)
 
     def _select(self, indices: torch.Tensor) -> None:
-        if self.ids is not None:
+        if self.ids.numel():
             indices = indices.to(self.ids.device)
             self.ids, self.real = self.ids[indices], self.real[indices]

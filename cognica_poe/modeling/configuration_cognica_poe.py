@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 from transformers import PreTrainedConfig
@@ -55,31 +56,31 @@ class CognicaPoEConfig(PreTrainedConfig):
         **kwargs,
     ):
         stages = list(poe_stage_layers) if poe_stage_layers is not None else [num_hidden_layers]
-        _check(poe_mode in POE_MODES, f"poe_mode is {poe_mode!r}; choose one of {', '.join(POE_MODES)}")
-        _check(
+        check(poe_mode in POE_MODES, f"poe_mode is {poe_mode!r}; choose one of {', '.join(POE_MODES)}")
+        check(
             all(count > 0 for count in stages) and sum(stages) == num_hidden_layers,
             f"poe_stage_layers {stages} must be positive and sum to num_hidden_layers = {num_hidden_layers}",
         )
-        _check(
+        check(
             num_attention_heads % num_key_value_heads == 0,
             f"num_attention_heads {num_attention_heads} is not a multiple of num_key_value_heads {num_key_value_heads}",
         )
-        _check(head_dim % 2 == 0, f"head_dim {head_dim} must be even (rotary halves)")
-        _check(
+        check(head_dim % 2 == 0, f"head_dim {head_dim} must be even (rotary halves)")
+        check(
             bool(window_pattern) and set(window_pattern) <= {"S", "L"},
             f"window_pattern {window_pattern!r} may hold only S (short) and L (long)",
         )
-        _check(hidden_act == "relu_squared", f"hidden_act {hidden_act!r} is not supported; use relu_squared")
-        _check(
+        check(hidden_act == "relu_squared", f"hidden_act {hidden_act!r} is not supported; use relu_squared")
+        check(
             hidden_size >= max(ve_gate_channels, smear_channels),
             f"hidden_size {hidden_size} is below the gate channels ({ve_gate_channels}, {smear_channels})",
         )
-        _check(
+        check(
             poe_head_count in (None, len(stages)),
             f"poe_head_count {poe_head_count} differs from the {len(stages)} stages of poe_stage_layers",
         )
         bounds = poe_wand_p99_bounds_per_stage_head
-        _check(
+        check(
             bounds is None or len(bounds) == len(stages) - 1,
             f"poe_wand_p99_bounds_per_stage_head needs {len(stages) - 1} bounds, one per transition between stages",
         )
@@ -128,11 +129,7 @@ class CognicaPoEConfig(PreTrainedConfig):
     @property
     def poe_stage_boundaries(self) -> list[int]:
         """Index of the last layer of every stage: [15, 21, 26, 31] for layers (16, 6, 5, 5)."""
-        boundaries, last = [], -1
-        for count in self.poe_stage_layers:
-            last += count
-            boundaries.append(last)
-        return boundaries
+        return [end - 1 for end in itertools.accumulate(self.poe_stage_layers)]
 
     def stage_layers(self, stage: int) -> range:
         """Indices of the layers of one stage."""
@@ -144,6 +141,7 @@ class CognicaPoEConfig(PreTrainedConfig):
         return layer % 2 == (self.num_hidden_layers - 1) % 2
 
 
-def _check(condition: bool, message: str) -> None:
+def check(condition: bool, message: str) -> None:
+    """Raise ValueError with the message unless the condition holds."""
     if not condition:
         raise ValueError(message)

@@ -16,13 +16,16 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch import nn
+from transformers import GenerationMixin
 
+from .configuration_cognica_poe import CognicaPoEConfig, check
 from .drafting_cognica_poe import DRAFTERS
 from .engine_cognica_poe import Engines
 from .graphs_cognica_poe import has_compiler
 from .loops_cognica_poe import decode_pool, decode_wand
-from .request_cognica_poe import GenerationRequest, pad_rows
-from .speculation_cognica_poe import speculate
+from .request_cognica_poe import GenerationRequest, is_int, pad_rows
+from .speculation_cognica_poe import decode_speculative
 
 MODES = {
     "full": "generate_prefix",
@@ -42,8 +45,11 @@ UNSUPPORTED = {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_genera
 """Settings of transformers that the modes do not have, with the value that asks for nothing."""
 
 
-class PoEDecodingMixin:
+class PoEDecodingMixin(GenerationMixin):
     """The modes beside ``generate()``, which samples the pool of all stages."""
+
+    config: CognicaPoEConfig
+    lm_head: nn.Linear
 
     POE_WAND_P99_BOUNDS_PER_STAGE_HEAD = (3.2557, 1.5259, 1.1327)
     """Bounds of the 3B release at step 14,000: the fallback of four-stage models whose config has none."""
@@ -64,7 +70,7 @@ class PoEDecodingMixin:
         """
         if width is not None and width < 1:
             raise ValueError(f"width is {width}; a decode step has at least 1 lane")
-        if compile and self.device.type == "cpu" and not has_compiler():
+        if compile and self.lm_head.weight.device.type == "cpu" and not has_compiler():
             raise ValueError("compile=True needs a C++ compiler (g++ or clang++): install one, or leave it out")
         Engines.attached(self).configure(width, compile)
 
@@ -72,7 +78,7 @@ class PoEDecodingMixin:
         """Seconds spent compiling decode steps, or loading them from disk, since the weights were arranged."""
         return sum(engine.graphs.seconds for engine in Engines.attached(self).made.values() if engine.graphs)
 
-    def generate(
+    def generate(  # type: ignore[override]  # what transformers takes by position comes by keyword here
         self, inputs: torch.Tensor | None = None, generation_config=None, poe_mode: str | None = None, **kwargs
     ):
         """transformers' ``generate``, which samples the pool, and through ``poe_mode`` every mode of this class.
@@ -95,7 +101,8 @@ class PoEDecodingMixin:
             mode = getattr(config, "poe_mode", None)
             options = getattr(config, "poe_options", None) if options is None else options
         if mode is None:
-            return super().generate(inputs, generation_config=generation_config, **kwargs)
+            # transformers declares self as a class that exists for type checkers alone
+            return super().generate(inputs, generation_config=generation_config, **kwargs)  # type: ignore[misc]
         return _run_mode(self, mode, options or {}, inputs, config, kwargs)
 
     @torch.no_grad()
@@ -106,7 +113,7 @@ class PoEDecodingMixin:
             ValueError: no such stage, or a wrong request (see :meth:`GenerationRequest.build`).
         """
         max_stages = self.config.num_stages if max_stages is None else max_stages
-        self._check_stages([max_stages - 1], "max_stages", max_stages)
+        self._check_trained([max_stages - 1], "max_stages", max_stages)
         request = GenerationRequest.build(self, input_ids, **options)
         return decode_pool(self, request, range(max_stages), None, self.config.poe_alpha).finish()
 
@@ -117,7 +124,7 @@ class PoEDecodingMixin:
         Raises:
             ValueError: no such stage, or a wrong request.
         """
-        self._check_stages([stage])
+        self._check_trained([stage])
         request = GenerationRequest.build(self, input_ids, **options)
         return decode_pool(self, request, [stage], None, 0.0).finish()
 
@@ -146,7 +153,7 @@ class PoEDecodingMixin:
         Raises:
             ValueError: bounds that are missing or do not fit, or a wrong request.
         """
-        self._check_stages([0])
+        self._check_trained([0])
         bounds = self._wand_bounds(p99_bounds, safety)
         request = GenerationRequest.build(self, input_ids, **options)
         transcript, used = decode_wand(self, request, bounds, safety)
@@ -187,15 +194,13 @@ class PoEDecodingMixin:
         Raises:
             ValueError: no such stage or drafter, ``k_draft`` below 1, or a wrong request.
         """
-        self._check_stages([draft_stage], "draft_stage")
-        if isinstance(k_draft, bool) or not isinstance(k_draft, int) or k_draft < 1:
-            raise ValueError(f"k_draft is {k_draft}; draft at least 1 token")
-        if drafter not in (*DRAFTERS, "auto"):
-            raise ValueError(f"drafter {drafter!r} does not exist; choose one of {', '.join(DRAFTERS)}, auto")
-        if not 0 <= draft_confidence < 1:
-            raise ValueError(f"draft_confidence is {draft_confidence}; it must be in [0, 1)")
+        self._check_trained([draft_stage], "draft_stage")
+        check(is_int(k_draft) and k_draft >= 1, f"k_draft is {k_draft}; draft at least 1 token")
+        known = (*DRAFTERS, "auto")
+        check(drafter in known, f"drafter {drafter!r} does not exist; choose one of {', '.join(known)}")
+        check(0 <= draft_confidence < 1, f"draft_confidence is {draft_confidence}; it must be in [0, 1)")
         request = GenerationRequest.build(self, input_ids, **options)
-        transcript, counts = speculate(self, request, draft_stage, k_draft, drafter, draft_confidence)
+        transcript, counts = decode_speculative(self, request, draft_stage, k_draft, drafter, draft_confidence)
         ids = transcript.finish()
         return (ids, counts.as_dict()) if return_acceptance else ids
 
@@ -220,61 +225,50 @@ class PoEDecodingMixin:
             ValueError: no such stage, weights that do not fit, or a wrong request.
         """
         stages = list(stages)
-        self._check_stages(stages, "stages", stages)
+        self._check_trained(stages, "stages", stages)
         if stage_weights is not None:
             stage_weights = [float(weight) for weight in stage_weights]
             fits = len(stage_weights) == len(stages) and all(0 <= w < math.inf for w in stage_weights)
-            if not fits or sum(stage_weights) == 0:
-                raise ValueError(f"stage_weights {stage_weights} need one non-negative weight per stage of {stages}")
+            fits = fits and sum(stage_weights) > 0
+            check(fits, f"stage_weights {stage_weights} need one non-negative weight per stage of {stages}")
         request = GenerationRequest.build(self, input_ids, **options)
         alpha = self.config.poe_alpha if stage_weights is None else 0.0
         return decode_pool(self, request, stages, stage_weights, alpha).finish()
 
-    def _check_stages(self, stages: list[int], name: str = "stage", value=None) -> None:
-        K = self.config.num_stages
-        if self.config.poe_mode == "none":
-            raise ValueError("poe_mode is none: the stage heads of this model are not trained; use generate()")
-        integers = all(isinstance(stage, int) and not isinstance(stage, bool) for stage in stages)
-        if integers and len(set(stages)) < len(stages):
-            raise ValueError(f"{name} {value} names a stage twice; name each stage once, with a weight")
-        if not stages or not integers or min(stages) < 0 or max(stages) >= K:
-            value = stages[0] if value is None else value
-            raise ValueError(f"{name} {value} does not exist: the model has {K} stages")
+    def check_stages(self, stages: list[int], name: str = "stage", value: object = None) -> None:
+        """Raise ValueError unless ``stages`` are different ones of the K stages; the message speaks of ``value``."""
+        K, integers = self.config.num_stages, all(is_int(stage) for stage in stages)
+        twice = integers and len(set(stages)) < len(stages)
+        check(not twice, f"{name} {value} names a stage twice; name each stage once, with a weight")
+        exist = bool(stages) and integers and min(stages) >= 0 and max(stages) < K
+        value = stages[0] if value is None else value
+        check(exist, f"{name} {value} does not exist: the model has {K} stages")
+
+    def _check_trained(self, stages: list[int], name: str = "stage", value: object = None) -> None:
+        trained = self.config.poe_mode != "none"
+        check(trained, "poe_mode is none: the stage heads of this model are not trained; use generate()")
+        self.check_stages(stages, name, value)
 
     def _wand_bounds(self, bounds: Sequence[float] | None, safety: float) -> list[float]:
         K = self.config.num_stages
         bounds = self.config.poe_wand_p99_bounds_per_stage_head if bounds is None else bounds
         if bounds is None:
-            if K not in (1, 4):
-                raise ValueError(
-                    f"no WAND bounds for {K} stages: pass p99_bounds with {K - 1} values, or calibrate the model so "
-                    "that its config has poe_wand_p99_bounds_per_stage_head"
-                )
+            check(
+                K in (1, 4),
+                f"no WAND bounds for {K} stages: pass p99_bounds with {K - 1} values, or calibrate the model so "
+                "that its config has poe_wand_p99_bounds_per_stage_head",
+            )
             bounds = self.POE_WAND_P99_BOUNDS_PER_STAGE_HEAD if K == 4 else ()
         bounds = [float(bound) for bound in bounds]
-        if len(bounds) != K - 1 or not all(bound >= 0 for bound in bounds):
-            raise ValueError(f"p99_bounds {bounds} need {K - 1} non-negative values, one per transition between stages")
-        if not safety >= 0:
-            raise ValueError(f"safety is {safety}; it must not be negative")
+        fits = len(bounds) == K - 1 and all(bound >= 0 for bound in bounds)
+        check(fits, f"p99_bounds {bounds} need {K - 1} non-negative values, one per transition between stages")
+        check(safety >= 0, f"safety is {safety}; it must not be negative")
         return bounds
 
 
 def _run_mode(model, mode: str, options: dict, inputs: torch.Tensor | None, config, kwargs: dict) -> torch.Tensor:
-    """Answer a call of ``generate()`` with a mode of the model.
-
-    Args:
-        model: the causal language model.
-        mode: key of ``MODES``.
-        options: the mode's own arguments, such as ``{"drafter": "lookup", "k_draft": 7}``.
-        inputs: prompts ``[B, T]`` or None when ``kwargs`` holds ``input_ids``.
-        config: generation config; keyword arguments come before it.
-        kwargs: keyword arguments of ``generate()``.
-
-    Raises:
-        ValueError: no such mode, or a setting that the modes do not have.
-    """
-    if mode not in MODES:
-        raise ValueError(f"poe_mode {mode!r} does not exist; choose one of {', '.join(MODES)}")
+    """Answer a call of ``generate()``: ``options`` are the mode's own, ``kwargs`` the call's, which beat ``config``."""
+    check(mode in MODES, f"poe_mode {mode!r} does not exist; choose one of {', '.join(MODES)}")
     kwargs = dict(kwargs)
     ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
     if ids is None:
@@ -284,8 +278,7 @@ def _run_mode(model, mode: str, options: dict, inputs: torch.Tensor | None, conf
     passed = {name: kwargs.pop(name) for name in PASSED if kwargs.get(name) is not None}
     unknown = [name for name, value in kwargs.items() if value is not None and name not in (*IGNORED, *PASSED)]
     unknown += [name for name, nothing in UNSUPPORTED.items() if given.pop(name) not in (nothing, None)]
-    if unknown:
-        raise ValueError(f"poe_mode {mode!r} does not know {', '.join(unknown)}; leave it out, or poe_mode itself")
+    check(not unknown, f"poe_mode {mode!r} does not know {', '.join(unknown)}; leave it out, or poe_mode itself")
     if given["max_new_tokens"] is None:
         given["max_new_tokens"] = max_length - ids.shape[1] if max_length else _room(model, ids, config)
     if not given["do_sample"]:  # a config may hold both; greedy decoding asks for no temperature

@@ -16,8 +16,9 @@ from typing import Protocol
 import torch
 
 from .engine_cognica_poe import Engines
+from .loops_cognica_poe import fill_cache
 from .request_cognica_poe import Transcript, pad_rows
-from .sampling_cognica_poe import DRAFT
+from .sampling_cognica_poe import DRAFT, inverse_cdf
 from .stages_cognica_poe import StageCache
 
 DRAFTERS = ("stage", "int8", "int4", "lookup")
@@ -44,11 +45,9 @@ class Drafter(Protocol):
 
     def draft(self, limits: list[int]) -> Drafts:
         """Draft at most ``limits[r]`` tokens behind the known ones of row r, and make them known to the cache."""
-        ...
 
     def follow(self) -> None:
         """Take note that the cache forgot the rejected drafts and that the answer grew."""
-        ...
 
 
 def make_drafter(name: str, model, cache: StageCache, transcript: Transcript, stage: int, confidence: float) -> Drafter:
@@ -57,10 +56,7 @@ def make_drafter(name: str, model, cache: StageCache, transcript: Transcript, st
         return LookupDrafter(cache, transcript, stage, confidence)
     if name == "stage":
         return StageDrafter(cache, cache, transcript, stage, confidence)
-    engine = Engines.attached(model).get(model, name, stage + 1)
-    request = transcript.request
-    prompts = [request.prompt(row) for row in range(len(request.lengths))]
-    own = StageCache(engine, prompts, max(request.lengths) + request.max_new_tokens)
+    own = fill_cache(Engines.attached(model).get(model, name, stage + 1), transcript.request)
     return StageDrafter(own, cache, transcript, stage, confidence)
 
 
@@ -215,14 +211,13 @@ class LookupDrafter:
     def _collect(self, rows: list[LookupRow]) -> Drafts:
         tokens = pad_rows([row.drafts for row in rows], 0).to(self.cache.ids.device)
         counts = [len(row.drafts) for row in rows]
-        pieces = [torch.cat(row.drawn_from) if row.drawn_from else None for row in rows]
-        some = next((piece for piece in pieces if piece is not None), None)
+        some = next((row.drawn_from[0] for row in rows if row.drawn_from), None)
         if some is None:
             return Drafts(tokens, None, counts)
         drawn_from = some.new_zeros(*tokens.shape, some.shape[-1])
-        for row, piece in enumerate(pieces):
-            if piece is not None:
-                drawn_from[row, : len(piece)] = piece
+        for number, row in enumerate(rows):
+            if row.drawn_from:
+                drawn_from[number, : counts[number]] = torch.cat(row.drawn_from)
         return Drafts(tokens, drawn_from, counts)
 
     def follow(self) -> None:
@@ -298,7 +293,7 @@ def draw(
         tokens = scores.argmax(dim=-1)
     else:
         probabilities = request.choice.probabilities(scores)
-        tokens = request.choice.draw(probabilities, uniform)
+        tokens = inverse_cdf(probabilities, uniform)
     sure = torch.ones_like(tokens, dtype=torch.bool)
     if confidence > 0:
         weights = scores.softmax(dim=-1) if probabilities is None else probabilities

@@ -11,6 +11,7 @@ of every row and how many of its lanes are in use.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -82,9 +83,7 @@ class DecodeLayer(nn.Module):
             keys[rows, write], values[rows, write] = k.to(keys.dtype), v.to(values.dtype)
             return self.c_proj(self._attend(q, keys[:, :span], values[:, :span], masks[self.kind]))
 
-        def mlp(n: torch.Tensor) -> torch.Tensor:
-            return feed_forward(n, self.c_fc, self.mlp_proj)
-
+        mlp = functools.partial(feed_forward, c_fc=self.c_fc, c_proj=self.mlp_proj)
         return run_layer(x, x0, self.resid_lambda, self.x0_lambda, self.config.rms_norm_eps, attention, mlp)
 
     def _project(self, n: torch.Tensor, ids: torch.Tensor, rotary: Rotary) -> tuple[torch.Tensor, ...]:
@@ -117,7 +116,9 @@ class StageLayers(nn.Module):
     def __init__(self, model, stage: int, linear):
         super().__init__()
         self.config = model.config
-        self.layers = nn.ModuleList([DecodeLayer(model, i, linear) for i in self.config.stage_layers(stage)])
+        layers = self.config.stage_layers(stage)
+        self.layers = nn.ModuleList([DecodeLayer(model, i, linear) for i in layers])
+        self.kinds = {self.config.layer_types[i] for i in layers}
         keep_tensors(self, wte=model.transformer.wte.weight)
         keep_tensors(self, smear_gate=model.smear_gate.weight, smear_lambda=model.smear_lambda)
 
@@ -156,8 +157,7 @@ class StageLayers(nn.Module):
         visible = visible_slots(slots[:, None, :, None], key, config.sliding_window)
         groups = config.num_attention_heads // config.num_key_value_heads
         zero = torch.zeros((), dtype=attention_dtype(config, dtype), device=slots.device)
-        kinds = {layer.kind for layer in self.layers}
-        return {kind: torch.where(visible[kind], zero, float("-inf")).repeat(1, 1, groups, 1) for kind in kinds}
+        return {kind: torch.where(visible[kind], zero, float("-inf")).repeat(1, 1, groups, 1) for kind in self.kinds}
 
 
 class Heads(nn.Module):

@@ -17,11 +17,13 @@ import shutil
 import tempfile
 import time
 import types
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 ON_PROCESSOR = {"freezing": True, "max_autotune": True, "max_autotune_gemm_backends": "CPP,ATEN"}
 """Inductor's options: its own products, fused with what follows them, where they measure faster than the library's.
@@ -61,13 +63,15 @@ class Graphs:
             self.seconds += time.perf_counter() - began
         return self._graphs[key](arguments)
 
-    def _launched(self, module: nn.Module, arguments: tuple):
-        options = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe, **ON_ACCELERATOR}
-        forward = types.MethodType(_own_code(_Fixed.forward, f"graph_{len(self._graphs)}"), module)
-        graph = torch.compile(forward, dynamic=False, fullgraph=True, options=options)
+    def _launched(self, module: _Fixed, arguments: tuple):
+        code = _own_code(cast(types.FunctionType, _Fixed.forward), f"graph_{len(self._graphs)}")
+        options: dict[str, str | int | bool | Callable] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+        graph = torch.compile(
+            types.MethodType(code, module), dynamic=False, fullgraph=True, options=options | ON_ACCELERATOR
+        )
         return lambda arguments: graph(*arguments)
 
-    def _package(self, module: nn.Module, arguments: tuple):
+    def _package(self, module: _Fixed, arguments: tuple):
         path = cache_folder() / f"{_digest(module, arguments)}.pt2"
         loader = None
         if path.is_file():
@@ -126,8 +130,9 @@ def _compile(module: nn.Module, arguments: tuple, path: Path) -> None:
     # Inductor reports every product that it times to stderr.
     with tempfile.TemporaryDirectory(dir=path.parent) as folder, contextlib.redirect_stderr(io.StringIO()):
         program = torch.export.export(module, arguments)
-        options = {"package_path": f"{folder}/graph.pt2", "inductor_configs": dict(ON_PROCESSOR)}
-        os.replace(torch._inductor.aoti_compile_and_package(program, **options), path)
+        made = f"{folder}/graph.pt2"
+        torch._inductor.aoti_compile_and_package(program, package_path=made, inductor_configs=dict(ON_PROCESSOR))
+        os.replace(made, path)
 
 
 def _load(path: Path):
@@ -139,7 +144,7 @@ def _load(path: Path):
 
 def _tensors(arguments: Iterable) -> list[torch.Tensor]:
     """All tensors in order."""
-    found = []
+    found: list[torch.Tensor] = []
     for argument in arguments:
         found += argument if isinstance(argument, list | tuple) else [] if argument is None else [argument]
     return found
@@ -152,7 +157,8 @@ def _digest(module: _Fixed, arguments: tuple) -> str:
         sha.update(source.read_bytes())
     shapes = [None if a is None else [[*t.shape, str(t.dtype)] for t in _tensors([a])] for a in arguments]
     facts = [torch.__version__, dict(torch.cpu.get_capabilities()), torch.get_num_threads(), ON_PROCESSOR, shapes]
-    facts += [repr(module.fixed), type(module.module).__name__, module.module.config.to_json_string()]
+    config = cast(PreTrainedConfig, module.module.config)
+    facts += [repr(module.fixed), type(module.module).__name__, config.to_json_string()]
     sha.update(json.dumps(facts, default=str).encode())
     weights = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     for name, tensor in sorted(weights.items()):

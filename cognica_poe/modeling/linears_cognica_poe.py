@@ -21,6 +21,8 @@ class DenseLinear(nn.Module):
     ``torch.compile`` freezing does the same, so that the plain product stands in the graph.
     """
 
+    weight: torch.Tensor
+
     def __init__(self, weight: torch.Tensor):
         super().__init__()
         self.register_buffer("weight", weight, persistent=False)
@@ -36,6 +38,9 @@ class DenseLinear(nn.Module):
 
 class Int8Linear(nn.Module):
     """8-bit weights with one scale per output row (symmetric, round to nearest)."""
+
+    weight: torch.Tensor
+    scale: torch.Tensor
 
     def __init__(self, weight: torch.Tensor):
         super().__init__()
@@ -58,6 +63,9 @@ class Int4Linear(nn.Module):
     Raises:
         ValueError: the inputs are no multiple of 32.
     """
+
+    weight: torch.Tensor
+    scale: torch.Tensor
 
     def __init__(self, weight: torch.Tensor):
         super().__init__()

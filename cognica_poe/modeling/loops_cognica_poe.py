@@ -11,15 +11,19 @@ from collections.abc import Sequence
 
 import torch
 
-from .engine_cognica_poe import Engines
+from .engine_cognica_poe import Engine, Engines
 from .request_cognica_poe import GenerationRequest, Transcript
 from .sampling_cognica_poe import FINAL, combine
 from .stages_cognica_poe import StageCache
 
 
-def prompt_cache(model, request: GenerationRequest, form: str = "dense", stages: int | None = None) -> StageCache:
-    """A cache with room for the whole answer; nothing has been run yet."""
-    engine = Engines.of(model).get(model, form, stages)
+def prompt_cache(model, request: GenerationRequest, stages: int | None = None) -> StageCache:
+    """A cache for the first ``stages`` stages (all when None) with the prompts in it; nothing has been run yet."""
+    return fill_cache(Engines.of(model).get(model, stages=stages), request)
+
+
+def fill_cache(engine: Engine, request: GenerationRequest) -> StageCache:
+    """A cache of one engine with the prompts of a request in it and room for the whole answer."""
     prompts = [request.prompt(row) for row in range(len(request.lengths))]
     return StageCache(engine, prompts, max(request.lengths) + request.max_new_tokens)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import nn
@@ -17,7 +18,7 @@ from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .blocks_cognica_poe import Block, Rotary, rmsnorm, rotary_factors, smear, softcap
+from .blocks_cognica_poe import Block, Rotary, Trunk, rmsnorm, rotary_factors, smear, softcap
 from .cache_cognica_poe import CognicaKVCache
 from .configuration_cognica_poe import CognicaPoEConfig
 from .decoding_cognica_poe import PoEDecodingMixin
@@ -28,9 +29,10 @@ from .sampling_cognica_poe import combine
 class CognicaPoEPreTrainedModel(PreTrainedModel):
     """Initialisation and capabilities shared with transformers."""
 
+    config: CognicaPoEConfig
     config_class = CognicaPoEConfig
     base_model_prefix = ""
-    _no_split_modules = ("Block",)
+    _no_split_modules = ["Block"]  # noqa: RUF012 - the type that transformers declares
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -45,6 +47,7 @@ class CognicaPoEPreTrainedModel(PreTrainedModel):
         bound = math.sqrt(3.0 / self.config.hidden_size)
         self._init_embeddings(module, bound)
         for block in module.transformer.h:
+            assert isinstance(block, Block)
             attention, mlp = block.attn, block.mlp
             for matrix in (attention.c_q, attention.c_k, attention.c_v):
                 init.uniform_(matrix.weight, -bound, bound)
@@ -59,9 +62,9 @@ class CognicaPoEPreTrainedModel(PreTrainedModel):
         init.normal_(model.transformer.wte.weight, mean=0.0, std=0.8)
         init.normal_(model.lm_head.weight, mean=0.0, std=0.001)
         for head in model.lm_head_stages:
-            init.zeros_(head.weight)
+            init.zeros_(cast(nn.Linear, head).weight)
         for embedding in model.value_embeds.values():
-            init.uniform_(embedding.weight, -bound, bound)
+            init.uniform_(cast(nn.Embedding, embedding).weight, -bound, bound)
         for parameter, (first, last) in (
             (model.resid_lambdas, config.resid_lambda_init),
             (model.x0_lambdas, config.x0_lambda_init),
@@ -79,12 +82,7 @@ class CognicaPoEForCausalLM(CognicaPoEPreTrainedModel, PoEDecodingMixin, Generat
         super().__init__(config)
         width, vocab, layers = config.hidden_size, config.vocab_size, config.num_hidden_layers
         kv_width = config.num_key_value_heads * config.head_dim
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(vocab, width),
-                "h": nn.ModuleList([Block(config, i) for i in range(layers)]),
-            }
-        )
+        self.transformer = Trunk(config)
         self.value_embeds = nn.ModuleDict(
             {str(i): nn.Embedding(vocab, kv_width) for i in range(layers) if config.has_value_embedding(i)}
         )
@@ -105,8 +103,8 @@ class CognicaPoEForCausalLM(CognicaPoEPreTrainedModel, PoEDecodingMixin, Generat
     def get_input_embeddings(self) -> nn.Embedding:
         return self.transformer.wte
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.transformer.wte = value
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.transformer.wte = cast(nn.Embedding, value)
 
     # ---- parts of a forward pass ----------------------------------------------------------------------------------
 
@@ -145,16 +143,8 @@ class CognicaPoEForCausalLM(CognicaPoEPreTrainedModel, PoEDecodingMixin, Generat
         """Run the residual stream ``x`` ``[B, T, D]`` through the given layers; ``x0`` is the embedding stream."""
         for i in layers:
             embedded = self.value_embeds[str(i)](ids) if self.config.has_value_embedding(i) else None
-            x = self.transformer.h[i](
-                x,
-                x0,
-                self.resid_lambdas[i],
-                self.x0_lambdas[i],
-                rotary,
-                masks[self.config.layer_types[i]],
-                embedded,
-                cache,
-            )
+            lambdas, mask = (self.resid_lambdas[i], self.x0_lambdas[i]), masks[self.config.layer_types[i]]
+            x = self.transformer.h[i](x, x0, *lambdas, rotary, mask, embedded, cache)
         return x
 
     def head_weight(self, stage: int) -> torch.Tensor:
@@ -244,6 +234,7 @@ class CognicaPoEForCausalLM(CognicaPoEPreTrainedModel, PoEDecodingMixin, Generat
         states, middle = self.boundary_states(input_ids, attention_mask, position_ids, past_key_values)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         if self.config.poe_mode == "none":
+            assert middle is not None
             logits = self.plain_head(states[-1][:, keep], middle[:, keep])
         else:
             heads = [self.stage_head(x[:, keep], k) for k, x in enumerate(states)]
@@ -256,25 +247,20 @@ class CognicaPoEForCausalLM(CognicaPoEPreTrainedModel, PoEDecodingMixin, Generat
     def all_logits(self, ids: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
         """Capped fp32 logits ``[B, T, V]`` of every stage and of the plain path, from one pass over the trunk."""
         states, middle = self.boundary_states(ids)
+        assert middle is not None
         return tuple(self.stage_head(x, k) for k, x in enumerate(states)), self.plain_head(states[-1], middle)
 
     def forward_stage(self, ids: torch.Tensor, stage: int) -> torch.Tensor:
         """Capped fp32 logits ``[B, T, V]`` of one stage's own head; layers above the stage are not run."""
-        self.check_stage(stage)
+        self.check_stages([stage])
         return self.stage_head(self.boundary_states(ids, max_stages=stage + 1)[0][stage], stage)
 
     def forward_aggregated(self, ids: torch.Tensor, max_stages: int | None = None) -> torch.Tensor:
         """Log-probabilities ``[B, T, V]`` fp32 of the pool of the first ``max_stages`` stages."""
         max_stages = self.config.num_stages if max_stages is None else max_stages
-        self.check_stage(max_stages - 1, "max_stages", max_stages)
+        self.check_stages([max_stages - 1], "max_stages", max_stages)
         states, _ = self.boundary_states(ids, max_stages=max_stages)
         return combine([self.stage_head(x, k) for k, x in enumerate(states)], self.config.poe_alpha)
-
-    def check_stage(self, stage: int, name: str = "stage", value: int | None = None) -> None:
-        """Raise ValueError unless ``stage`` is one of the K stages."""
-        if not 0 <= stage < self.config.num_stages:
-            value = stage if value is None else value
-            raise ValueError(f"{name} {value} does not exist: the model has {self.config.num_stages} stages")
 
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from transformers import (
@@ -14,7 +15,9 @@ from transformers import (
     StoppingCriteriaList,
     StopStringCriteria,
 )
+from transformers.generation.streamers import BaseStreamer
 
+from .configuration_cognica_poe import check
 from .sampling_cognica_poe import TokenChoice, exact_dtype, uniforms
 
 
@@ -40,7 +43,7 @@ class GenerationRequest:
     """Further reasons to end a row, stop strings among them; empty for none."""
     processors: LogitsProcessorList
     """Change the scores of a token before it is chosen, given the text before it; empty for none."""
-    streamer: object | None = None
+    streamer: BaseStreamer | None = None
     """Receives the prompt, then each new column ``[B]`` of ids, then ``end()``."""
 
     @classmethod
@@ -91,11 +94,9 @@ class GenerationRequest:
         """
         _check_ids(model, input_ids)
         lengths = _real_lengths(input_ids, attention_mask)
-        _check(
-            _is_int(max_new_tokens) and max_new_tokens >= 1, f"max_new_tokens is {max_new_tokens}; ask for at least 1"
-        )
+        check(is_int(max_new_tokens) and max_new_tokens >= 1, f"max_new_tokens is {max_new_tokens}; ask for at least 1")
         limit, total = model.config.max_position_embeddings, max(lengths) + max_new_tokens
-        _check(
+        check(
             total <= limit,
             f"{max(lengths)} prompt tokens and {max_new_tokens} new ones make {total}, more than the context "
             f"of {limit}; shorten the prompt or lower max_new_tokens",
@@ -193,11 +194,13 @@ class Transcript:
         if not self.request.processors:
             return scores
         scores = scores.clone()
-        for row, (start, tokens) in enumerate(zip(first, _as_lists(ahead), strict=True)):
+        ahead = ahead.tolist() if isinstance(ahead, torch.Tensor) else ahead
+        for row, (start, tokens) in enumerate(zip(first, ahead, strict=True)):
             text = self.request.prompt(row).tolist() + self.rows[row]
             for lane in range(scores.shape[1]):
-                before = self.request.ids.new_tensor(text + tokens[: start + lane])[None]
-                scores[row, lane] = self.request.processors(before, scores[row, lane][None])[0]
+                before = cast(torch.LongTensor, self.request.ids.new_tensor(text + tokens[: start + lane])[None])
+                now = cast(torch.FloatTensor, scores[row, lane][None])
+                scores[row, lane] = self.request.processors(before, now)[0]
         return scores
 
     def finish(self) -> torch.Tensor:
@@ -225,41 +228,33 @@ def pad_rows(rows: Sequence[list[int]], fill: int) -> torch.Tensor:
     return torch.tensor(padded, dtype=torch.int64).view(len(rows), width)
 
 
-def _as_lists(ahead) -> list[list[int]]:
-    return ahead.tolist() if isinstance(ahead, torch.Tensor) else ahead
-
-
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def _is_int(value) -> bool:
+def is_int(value) -> bool:
+    """Whether a value is a whole number, which a truth value is not."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _check_ids(model, ids: torch.Tensor) -> None:
-    _check(isinstance(ids, torch.Tensor), f"input_ids is a {type(ids).__name__}; pass a tensor [batch, tokens]")
-    _check(ids.ndim == 2, f"input_ids has shape {list(ids.shape)}; pass [batch, tokens]")
-    _check(ids.dtype in (torch.int64, torch.int32), f"input_ids has dtype {ids.dtype}; pass integer token ids")
-    _check(ids.numel() > 0, "the prompt is empty; pass at least one token, such as the BOS token")
+    check(isinstance(ids, torch.Tensor), f"input_ids is a {type(ids).__name__}; pass a tensor [batch, tokens]")
+    check(ids.ndim == 2, f"input_ids has shape {list(ids.shape)}; pass [batch, tokens]")
+    check(ids.dtype in (torch.int64, torch.int32), f"input_ids has dtype {ids.dtype}; pass integer token ids")
+    check(ids.numel() > 0, "the prompt is empty; pass at least one token, such as the BOS token")
     low, high = int(ids.min()), int(ids.max())
     vocab = model.config.vocab_size
     bad = low if low < 0 else high
-    _check(0 <= bad < vocab, f"token id {bad} is outside the vocabulary of {vocab} ids")
+    check(0 <= bad < vocab, f"token id {bad} is outside the vocabulary of {vocab} ids")
 
 
 def _real_lengths(ids: torch.Tensor, mask: torch.Tensor | None) -> list[int]:
     if mask is None:
         return [ids.shape[1]] * ids.shape[0]
-    _check(mask.shape == ids.shape, f"attention_mask {list(mask.shape)} does not fit input_ids {list(ids.shape)}")
+    check(mask.shape == ids.shape, f"attention_mask {list(mask.shape)} does not fit input_ids {list(ids.shape)}")
     real = mask.cpu() != 0
-    _check(
+    check(
         bool((real.int().diff(dim=1) >= 0).all()),
         "attention_mask is not left padded: zeros first, then ones (tokenizer padding_side='left')",
     )
     lengths = real.sum(dim=1).tolist()
-    _check(min(lengths) > 0, f"the prompt of row {lengths.index(min(lengths))} is empty; pass at least one token")
+    check(min(lengths) > 0, f"the prompt of row {lengths.index(min(lengths))} is empty; pass at least one token")
     return lengths
 
 
@@ -271,7 +266,7 @@ def _default(model, name: str):
 def _processors(penalty: float | None, processors) -> LogitsProcessorList:
     found = LogitsProcessorList()
     if penalty is not None and penalty != 1.0:
-        _check(penalty > 0, f"repetition_penalty is {penalty}; it must be above 0")
+        check(penalty > 0, f"repetition_penalty is {penalty}; it must be above 0")
         found.append(RepetitionPenaltyLogitsProcessor(float(penalty)))
     found.extend(processors or [])
     return found
@@ -280,15 +275,15 @@ def _processors(penalty: float | None, processors) -> LogitsProcessorList:
 def _stopping(strings: str | list[str] | None, tokenizer, criteria) -> StoppingCriteriaList:
     stopping = StoppingCriteriaList(criteria or [])
     if strings is not None:
-        _check(tokenizer is not None, "stop_strings needs tokenizer, the tokenizer of the prompts")
+        check(tokenizer is not None, "stop_strings needs tokenizer, the tokenizer of the prompts")
         stopping.append(StopStringCriteria(tokenizer, strings))
     return stopping
 
 
 def _choice(do_sample: bool, temperature, top_k, top_p) -> TokenChoice:
     given = [n for n, v in (("temperature", temperature), ("top_k", top_k), ("top_p", top_p)) if v is not None]
-    _check(do_sample or not given, f"{', '.join(given)} needs do_sample=True; without it decoding is greedy")
-    _check(temperature is None or temperature > 0, f"temperature is {temperature}; it must be above 0")
-    _check(top_k is None or (_is_int(top_k) and top_k >= 1), f"top_k is {top_k}; it must be at least 1")
-    _check(top_p is None or 0 < top_p <= 1, f"top_p is {top_p}; it must be in (0, 1]")
+    check(do_sample or not given, f"{', '.join(given)} needs do_sample=True; without it decoding is greedy")
+    check(temperature is None or temperature > 0, f"temperature is {temperature}; it must be above 0")
+    check(top_k is None or (is_int(top_k) and top_k >= 1), f"top_k is {top_k}; it must be at least 1")
+    check(top_p is None or 0 < top_p <= 1, f"top_p is {top_p}; it must be in (0, 1]")
     return TokenChoice(do_sample, 1.0 if temperature is None else float(temperature), top_k, top_p)

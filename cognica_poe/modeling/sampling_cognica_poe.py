@@ -17,10 +17,7 @@ DRAFT, ACCEPT, FINAL = range(3)
 
 
 def combine(
-    logits: Sequence[torch.Tensor],
-    alpha: float = 0.0,
-    weights: Sequence[float] | None = None,
-    normalise: bool = True,
+    logits: Sequence[torch.Tensor], alpha: float = 0.0, weights: Sequence[float] | None = None, normalise: bool = True
 ) -> torch.Tensor:
     """Log-probabilities ``[..., V]`` of the product of experts (model card, "Inference").
 
@@ -95,12 +92,8 @@ class TokenChoice:
         """Ids ``[...]`` from log-probabilities ``[..., V]``; ``uniform`` ``[...]`` is read only when sampling."""
         if not self.do_sample:
             return logprobs.argmax(dim=-1)
-        return self.draw(self.probabilities(logprobs), uniform)
-
-    @staticmethod
-    def draw(probabilities: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-        """Ids ``[...]`` from distributions ``[..., V]`` by ``uniform`` ``[...]``."""
-        return inverse_cdf(probabilities, uniform)
+        assert uniform is not None
+        return inverse_cdf(self.probabilities(logprobs), uniform)
 
 
 def agreeing_drafts(best: torch.Tensor, drafts: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:

@@ -104,11 +104,17 @@ def decode_speculative(
         request: what is wanted.
         draft_stage: deepest stage that drafts.
         k_draft: drafts per round at most.
-        drafter: name of a drafter, see :func:`make_drafter`.
+        drafter: name of a drafter, see :func:`make_drafter`, or ``auto``, see :func:`choose_drafter`.
         confidence: a row stops drafting with the first token whose draft probability is below this.
         verifier: which drafts to keep. Any but :func:`verify` is for timing: the text is no longer the model's.
     """
-    cache, transcript, counts = prompt_cache(model, request), Transcript(request), DraftCounts()
+    counts = DraftCounts()
+    if drafter == "auto":
+        chosen, k_draft = choose_drafter(model, request, draft_stage, verifier)
+        if chosen is None:
+            return decode_all(model, request), counts
+        drafter = chosen
+    cache, transcript = prompt_cache(model, request), Transcript(request)
     stages, alpha = range(model.config.num_stages), model.config.poe_alpha
     proposer = make_drafter(drafter, model, cache, transcript, draft_stage, confidence)
     extra = int(proposer.adds_token)
@@ -117,7 +123,8 @@ def decode_speculative(
     while not transcript.done:
         # The cache knows the answer so far; in open rows its last token has passed no stage.
         rows, known, last = transcript.open_rows, list(cache.known), cache.last_known()
-        drafts = proposer.draft([_limit(transcript, row, k_draft, extra) for row in range(len(rows))])
+        # No more is asked for than the row may still receive, with room for the pool's own token.
+        drafts = proposer.draft([min(k_draft, max(transcript.remaining(row) - extra, 0)) for row in range(len(rows))])
         # It also knows the drafts, which the drafting stages have passed up to the last. Without ``extra`` that one
         # waits for the next round, and only the deeper stages have work left.
         cache.advance(0 if extra else draft_stage + 1, stages[-1], rows)
@@ -130,24 +137,6 @@ def decode_speculative(
         cache.append(behind[:, None], grows)
         proposer.follow()
     return transcript, counts
-
-
-def speculate(
-    model,
-    request: GenerationRequest,
-    draft_stage: int,
-    k_draft: int,
-    drafter: str,
-    confidence: float = 0.0,
-    verifier: Verifier = verify,
-) -> tuple[Transcript, DraftCounts]:
-    """As :func:`decode_speculative`, with ``auto`` as one more drafter: the fastest on this machine, or none."""
-    if drafter != "auto":
-        return decode_speculative(model, request, draft_stage, k_draft, drafter, confidence, verifier)
-    chosen, k_draft = choose_drafter(model, request, draft_stage, verifier)
-    if chosen is None:
-        return decode_all(model, request), DraftCounts()
-    return decode_speculative(model, request, draft_stage, k_draft, chosen, confidence, verifier)
 
 
 def choose_drafter(
@@ -180,11 +169,6 @@ def choose_drafter(
         best = min(seconds, key=seconds.__getitem__)
         measured[key] = best if seconds[best] < 0.95 * seconds[None, 0] else (None, 0)
     return measured[key]
-
-
-def _limit(transcript: Transcript, row: int, k_draft: int, extra: int) -> int:
-    """Drafts to ask for: no more than the row may still receive, with room for the pool's own token."""
-    return min(k_draft, max(transcript.remaining(row) - extra, 0))
 
 
 def _verdicts(kept: torch.Tensor, behind: torch.Tensor, drafts: Drafts, blind: bool) -> list[Verdict]:

@@ -49,9 +49,9 @@ class StageCache:
             self.ids[row, : len(prompt)] = prompt
         self._lanes_of: tuple | None = None
         self.rows = torch.arange(len(prompts), device=self.ids.device)[:, None]
-        self.states: list[torch.Tensor | None] = [None] * len(engine.stages)
-        self.keys: list[list[torch.Tensor] | None] = [None] * len(engine.stages)
-        self.values: list[list[torch.Tensor] | None] = [None] * len(engine.stages)
+        self.states: list[torch.Tensor] = []
+        self.keys: list[list[torch.Tensor]] = []
+        self.values: list[list[torch.Tensor]] = []
 
     # ---- tokens ---------------------------------------------------------------------------------------------------
 
@@ -94,7 +94,7 @@ class StageCache:
             self.lengths[stage] = [start + count for start, count in zip(starts, counts, strict=True)]
 
     def _run(self, stage: int, starts: list[int], counts: list[int], width: int, wide: bool) -> None:
-        if self.states[stage] is None:
+        if stage == len(self.states):  # the first run of a stage comes behind that of the one before
             self._allocate(stage)
         behind = self.states[stage - 1] if stage else None
         span = max(start + count for start, count in zip(starts, counts, strict=True)) if wide else self.slots
@@ -102,15 +102,12 @@ class StageCache:
         self.engine.run_stage(stage, width, span, self._place(starts, counts), *buffers)
 
     def _allocate(self, stage: int) -> None:
-        config, B = self.config, len(self.known)
-        like = {"dtype": attention_dtype(config, self.engine.dtype), "device": self.ids.device}
-        shape = (B, self.slots, config.num_key_value_heads, config.head_dim)
-        layers = range(len(config.stage_layers(stage)))
-        self.keys[stage] = [torch.zeros(shape, **like) for _ in layers]
-        self.values[stage] = [torch.zeros(shape, **like) for _ in layers]
-        self.states[stage] = torch.zeros(
-            B, self.slots, config.hidden_size, dtype=self.engine.dtype, device=self.ids.device
-        )
+        config, space = self.config, (len(self.known), self.slots)
+        states = torch.zeros(*space, config.hidden_size, dtype=self.engine.dtype, device=self.ids.device)
+        shape, dtype = (*space, config.num_key_value_heads, config.head_dim), attention_dtype(config, states.dtype)
+        for buffers in (self.keys, self.values):
+            buffers.append([states.new_zeros(shape, dtype=dtype) for _ in config.stage_layers(stage)])
+        self.states.append(states)
 
     def _place(self, starts: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
         """Where the lanes of a block stand, ``[2, B]`` on the device; kept, for stages and heads of a step agree."""
