@@ -16,6 +16,7 @@ from typing import Protocol
 
 from cognica_poe.errors import UserError
 from cognica_poe.files import MANIFEST, Manifest, safe_name
+from cognica_poe.recipe.rules import REPO_ID
 from cognica_poe.release.export import Release, check_release
 from cognica_poe.release.publish.clean_load import logits_in_clean_process
 from cognica_poe.release.publish.hub_folder import HubFolder
@@ -23,7 +24,6 @@ from cognica_poe.release.publish.hub_remote import HubRepo
 from cognica_poe.release.publish.tree import Published, Tree, code_of, main_tree, tree_of
 
 _STEP = re.compile(r"step-(0|[1-9][0-9]{0,17})")
-_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
 
 class Hub(Protocol):
@@ -116,10 +116,10 @@ def open_hub(dest: str, repo_id: str | None = None) -> Hub:
     if folder != dest:
         if not folder:
             raise UserError("--to file: names no folder: write file:FOLDER")
-        if repo_id is None or not _REPO_ID.fullmatch(repo_id):
+        if repo_id is None or not REPO_ID.fullmatch(repo_id):
             raise UserError(f"{repo_id!r} is no repository id: it must look like org/name")
         return HubFolder(Path(folder), repo_id)
-    if not _REPO_ID.fullmatch(dest):
+    if not REPO_ID.fullmatch(dest):
         raise UserError(f"cannot publish to {dest!r}: write org/name for the Hub, or file:FOLDER for a local folder")
     return HubRepo(dest)
 
