@@ -5,5 +5,4 @@ import sys
 from cognica_poe.cli.main import main
 
 if __name__ == "__main__":
-    sys.argv[1:1] = ["bench", "train"]
-    main()
+    main(["bench", "train", *sys.argv[1:]])

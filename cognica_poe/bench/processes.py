@@ -1,4 +1,4 @@
-"""Measurements in processes of their own, interleaved, so that no case inherits another's memory or a quiet minute."""
+"""Workloads in processes of their own, interleaved, so that none inherits another's memory or a quiet minute."""
 
 from __future__ import annotations
 
@@ -18,27 +18,34 @@ from cognica_poe.errors import UserError
 
 
 def interleaved(
-    module: str, cases: Sequence[Mapping[str, Any]], rounds: int, log: Callable[[str], None]
+    module: str, workloads: Sequence[Mapping[str, Any]], rounds: int, log: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """Measure every case ``rounds`` times in turn; ``python -m module CASE`` prints one JSON object.
+    """Run every workload ``rounds`` times in turn; ``python -m module WORKLOAD`` prints one JSON object.
 
-    Returns one row per case in their order: medians of the numbers, and ``spread``, the smallest and largest
-    tokens per second. Raises UserError with the last line of a process that fails.
+    Returns one row per workload in their order: medians of the numbers, and ``spread``, the smallest and largest
+    tokens per second. Raises UserError as :func:`run_alone`.
     """
-    found: list[list[dict[str, Any]]] = [[] for _ in cases]
+    found: list[list[dict[str, Any]]] = [[] for _ in workloads]
     for number in range(rounds):
-        for case, runs in zip(cases, found, strict=True):
-            log(f"round {number + 1} of {rounds}: {case['name']} {case['shape']} {case['dtype']}")
-            runs.append(_measure(module, case))
+        for workload, runs in zip(workloads, found, strict=True):
+            what = f"{workload['name']} {workload['shape']} {workload['dtype']}"
+            log(f"round {number + 1} of {rounds}: {what}")
+            runs.append(run_alone(module, workload, what))
     return [median_row(runs) for runs in found]
 
 
-def _measure(module: str, case: Mapping[str, Any]) -> dict[str, Any]:
-    done = subprocess.run([sys.executable, "-m", module, json.dumps(case)], capture_output=True, text=True)
+def run_alone(module: str, workload: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """What ``python -m module WORKLOAD`` prints as its last line, from a process of its own.
+
+    Raises UserError that names ``what``, with the last line of a process that fails.
+    """
+    command = [sys.executable, "-m", module, json.dumps(workload)]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise UserError(f"bench: {case['name']} {case['shape']} {case['dtype']} failed: {last}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+        raise UserError(f"bench: {what} failed: {last}")
+    row: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return row
 
 
 def median_row(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

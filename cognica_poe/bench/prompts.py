@@ -1,17 +1,16 @@
-"""Models and prompts to measure decoding on."""
+"""Models and prompts to time decoding on."""
 
 from __future__ import annotations
 
-import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cognica_poe.cli.progress import log
 from cognica_poe.errors import UserError
 from cognica_poe.recipe.named import RECIPES, find_recipe
-from cognica_poe.serving.generation import load_model
+from cognica_poe.release.loading import load
 
 
 def find_model(name: str, dtype: torch.dtype, device: str) -> tuple[Any, Any | None]:
@@ -20,8 +19,9 @@ def find_model(name: str, dtype: torch.dtype, device: str) -> tuple[Any, Any | N
     Raises:
         UserError: neither a release folder nor a recipe, or a model without trained stage heads.
     """
+    model: Any
     if Path(name).is_dir() and not (Path(name) / "recipe.json").is_file():
-        model, tokenizer = load_model(name)
+        model, tokenizer = load(name)
     elif name in RECIPES or name.endswith(".json"):
         from cognica_poe.training.build import build_model
 
@@ -38,7 +38,14 @@ def find_model(name: str, dtype: torch.dtype, device: str) -> tuple[Any, Any | N
 
 
 def find_prompts(
-    tokenizer: Any | None, config: Any, text: Path | None, count: int, length: int, batch: int, new: int
+    tokenizer: Any | None,
+    config: Any,
+    text: Path | None,
+    count: int,
+    length: int,
+    batch: int,
+    new: int,
+    log: Callable[[str], None] = lambda line: None,
 ) -> list[torch.Tensor]:
     """At most ``count`` prompts of ``length`` tokens, ``batch`` to a tensor ``[batch, length]``.
 
@@ -62,7 +69,7 @@ def find_prompts(
         if batch > 1:
             raise UserError("bench decode: --batch above 1 needs --text, the probe prompts are of unequal length")
     else:
-        rows = _from_documents(tokenizer, text, count * batch, length)
+        rows = _from_documents(tokenizer, text, count * batch, length, log)
     if len(rows) < batch:
         raise UserError(
             f"bench decode: {text} has {len(rows)} documents of {length} tokens; --batch {batch} needs more"
@@ -70,16 +77,16 @@ def find_prompts(
     return [torch.stack(rows[i : i + batch]) for i in range(0, len(rows) - batch + 1, batch)]
 
 
-def _from_documents(tokenizer: Any, text: Path, wanted: int, length: int) -> list[torch.Tensor]:
-    from cognica_poe.data.build import build
+def _from_documents(
+    tokenizer: Any, text: Path, wanted: int, length: int, log: Callable[[str], None]
+) -> list[torch.Tensor]:
     from cognica_poe.data.manifest import read_documents
+    from cognica_poe.data.texts import collect_texts
 
     if (text / "data" / "manifest.json").is_file():  # a run: what it held out
         texts = [d.text for d in read_documents(text / "data", "val")]
     else:
-        with tempfile.TemporaryDirectory() as folder:
-            build(str(text), Path(folder) / "data", val_fraction=0.0, val_min_bytes=1, log=log)
-            texts = [d.text for split in ("train", "val") for d in read_documents(Path(folder) / "data", split)]
+        texts = collect_texts(str(text), log)
     rows: list[torch.Tensor] = []
     for document in texts[:: max(1, len(texts) // (4 * wanted))]:  # from all over the text
         ids = tokenizer(document[: 16 * length], return_tensors="pt").input_ids[0]

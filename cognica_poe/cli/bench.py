@@ -1,13 +1,12 @@
-"""The ``bench`` commands: each prints a table, or one JSON document with ``--json``. A new one joins ``COMMANDS``."""
+"""The ``bench`` commands: each prints a table, or one JSON document with ``--json``."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-import tyro
-
-from cognica_poe.cli.output import print_json, table
+from cognica_poe.cli.arguments import Checkpoint, Flag
+from cognica_poe.cli.output import print_json, print_table
 from cognica_poe.cli.progress import log
 from cognica_poe.errors import UserError
 
@@ -28,11 +27,11 @@ def bench_train(
     vocab: int = 32_768,
     length: int = 512,
     freed_memory: Literal["kept", "given-back"] = "kept",
-    json: bool = False,
+    json: Flag = False,
 ) -> None:
     """Training throughput and peak memory of each objective, beside nanochat's own trainer when a checkout is given.
 
-    Each case runs in its own process, in turn with the others; medians are printed. Whole steps count: forward,
+    Each workload runs in its own process, in turn with the others; medians are printed. Whole steps count: forward,
     backward and update. The share of the peak is the model's operations over a large product's measured rate.
 
     Args:
@@ -41,8 +40,8 @@ def bench_train(
         dtypes: Dtypes of the products; fp32, and bf16 where the device multiplies it faster, when omitted.
         nanochat: A checkout of nanochat to compare with.
         compile: torch.compile, for both sides; auto: where a C++ compiler is found.
-        rounds: Processes per case.
-        steps: Measured steps per process, after two micro-batches that are not.
+        rounds: Processes per workload.
+        steps: Timed steps per process, after two micro-batches that are not.
         rows: Rows per step.
         micro_rows: Rows of one forward and backward pass.
         vocab: Tokens of the vocabulary.
@@ -50,24 +49,40 @@ def bench_train(
         freed_memory: Whether our process keeps freed blocks of memory, as training does, or gives them back.
         json: Print one JSON document instead of a table.
     """
-    from cognica_poe.bench.training import make_cases, run_cases
+    from cognica_poe.bench import training
 
-    for name, value in (("rounds", rounds), ("steps", steps), ("rows", rows), ("length", length), ("vocab", vocab)):
-        if value < 1:
-            raise UserError(f"bench train: --{name} is {value}; it must be at least 1")
+    _require_positive("bench train", rounds=rounds, steps=steps, rows=rows, length=length, vocab=vocab)
     micro_rows = min(micro_rows, rows)
     if micro_rows < 1 or rows % micro_rows:
         raise UserError(f"bench train: --rows {rows} is no multiple of --micro-rows {micro_rows}")
+    if compile == "on" and not training.can_compile():
+        raise UserError("bench train: --compile on needs a C++ compiler (g++ or clang++); install one")
+    compiled = compile != "off" and training.can_compile()
+    chosen = dtypes or training.useful_dtypes()
     skipped = [] if nanochat else ["nanochat: not compared, no checkout given (--nanochat PATH)"]
-    settings = {"rows": rows, "micro_rows": micro_rows, "vocab": vocab, "length": length, "steps": steps}
-    settings["keep_freed_memory"] = freed_memory == "kept"
-    dtypes = dtypes or _useful_dtypes(skipped)
-    cases = make_cases(shapes, modes, dtypes, _compiled(compile, skipped), nanochat, **settings)
+    if chosen == ("float32",) and not dtypes:
+        skipped.append("bfloat16: left out, this device multiplies it no faster than fp32 (--dtypes bfloat16 insists)")
+    if compile == "auto" and not compiled:
+        skipped.append("torch.compile: off, no C++ compiler found")
+    sizes = {"rows": rows, "micro_rows": micro_rows, "vocab": vocab, "length": length, "steps": steps}
+    kept = freed_memory == "kept"
+    workloads = training.make_workloads(shapes, modes, chosen, compiled, nanochat, keep_freed_memory=kept, **sizes)
     for line in skipped:
         log(line)
-    measured = run_cases(cases, rounds, log)
+    found = training.run_workloads(workloads, rounds, log)
     if json:
-        return print_json({"rows": measured, "skipped": skipped})
+        return print_json({"rows": found, "skipped": skipped})
+    print_training(found, f"training, {rows} x {length} tokens per step, medians of {rounds} processes")
+
+
+def _require_positive(command: str, **values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise UserError(f"{command}: --{name.replace('_', '-')} is {value}; it must be at least 1")
+
+
+def print_training(found: list[dict[str, Any]], title: str) -> None:
+    """Table of what :func:`cognica_poe.bench.training.run_workloads` found."""
     cells = [
         [
             f"{row['name']} {row['poe_mode']} {row['shape']} {row['dtype']}",
@@ -78,40 +93,48 @@ def bench_train(
             f"{row['relative_speed']:.2f}x of {row['relative_to']}" if "relative_speed" in row else None,
             f"{row['relative_work']:.2f}x" if "relative_work" in row else None,
         ]
-        for row in measured
+        for row in found
     ]
-    columns = ["case", "tokens/s", "of peak", "peak MiB", "update", "speed", "work"]
-    table(f"training, {rows} x {length} tokens per step, medians of {rounds} processes", columns, cells)
-    if any(row["cpu_share"] < 0.9 and row["device"] == "cpu" for row in measured):
-        log("note: the processor was shared while some cases ran (cpu_share below 0.9): repeat on a quiet machine")
+    print_table(title, ["workload", "tokens/s", "of peak", "peak MiB", "update", "speed", "work"], cells)
+    if any(row["cpu_share"] < 0.9 and row["device"] == "cpu" for row in found):
+        log("note: the processor was shared while some workloads ran (cpu_share below 0.9): repeat on a quiet machine")
 
 
-def _useful_dtypes(skipped: list[str]) -> tuple[Dtype, ...]:
-    import torch
+def bench_memory(
+    width: int = 128,
+    vocab: int = 512,
+    length: int = 256,
+    rows: int = 4,
+    layers: tuple[int, ...] = (16, 6, 5, 5),
+    json: Flag = False,
+) -> None:
+    """Peak activation memory of one backward pass under each objective, in fp32 on the processor.
 
-    from cognica_poe.training.precision import choose_compute_dtype, default_device
+    Args:
+        width: Width of the model; heads have 32 dimensions, the MLP four times the width.
+        vocab: Tokens of the vocabulary.
+        length: Tokens of a row.
+        rows: Rows of the micro-batch.
+        layers: Layers of each stage.
+        json: Print one JSON document instead of a table.
+    """
+    from cognica_poe.bench import memory
 
-    if choose_compute_dtype("auto", default_device()) == torch.bfloat16:
-        return ("float32", "bfloat16")
-    skipped.append("bfloat16: not measured, this device multiplies it no faster than fp32 (--dtypes bfloat16 insists)")
-    return ("float32",)
-
-
-def _compiled(choice: str, skipped: list[str]) -> bool:
-    import torch
-
-    from cognica_poe.modeling.graphs_cognica_poe import has_compiler
-
-    compiler = torch.cuda.is_available() or has_compiler()
-    if choice == "on" and not compiler:
-        raise UserError("bench train: --compile on needs a C++ compiler (g++ or clang++); install one")
-    if choice == "auto" and not compiler:
-        skipped.append("torch.compile: off, no C++ compiler found")
-    return choice == "on" or (choice == "auto" and compiler)
+    _require_positive("bench memory", width=width, vocab=vocab, length=length, rows=rows, layers=min(layers, default=0))
+    if width % 32:
+        raise UserError(f"bench memory: --width is {width}; it must be a multiple of 32")
+    workload = memory.MemoryWorkload(width, vocab, length, rows, layers)
+    found = memory.run_modes(workload, log)
+    if json:
+        return print_json(found)
+    cells = [
+        [row["poe_mode"], f"{row['peak_activation_bytes'] / 2**20:.1f}", f"{row['ratio_to_none']:.1%}"] for row in found
+    ]
+    print_table(f"memory of a backward pass, {rows} x {length} tokens", ["poe_mode", "peak MiB", "of none"], cells)
 
 
 def bench_decode(
-    checkpoint: tyro.conf.Positional[str],
+    checkpoint: Checkpoint,
     text: Path | None = None,
     prompts: int = 20,
     prompt_tokens: int = 32,
@@ -119,14 +142,14 @@ def bench_decode(
     batch: int = 1,
     k_draft: tuple[int, ...] = (4, 7),
     drafters: tuple[Literal["stage", "int8", "int4", "lookup"], ...] = ("stage", "int8", "int4", "lookup"),
-    dtype: Literal["float32", "bfloat16"] = "bfloat16",
-    compile: bool = False,
+    dtype: Dtype = "bfloat16",
+    compile: Flag = False,
     width: int | None = None,
     rounds: int = 3,
-    peers: bool = True,
+    peers: Flag = True,
     threads: int | None = None,
     synthetic_acceptance: float = 0.98,
-    json: bool = False,
+    json: Flag = False,
 ) -> None:
     """Decoding speed of every mode and drafter against our own cached greedy decoding, in one interleaved run.
 
@@ -145,7 +168,7 @@ def bench_decode(
         compile: Run decode steps through torch.compile; the seconds it took are reported.
         width: Lanes of a decode step; the device's natural width when omitted.
         rounds: Repetitions per prompt; medians count.
-        peers: Also run transformers' generate and the uncached reference.
+        peers: Leave out transformers' generate and the uncached reference.
         threads: Threads of the processor; torch's choice when omitted.
         synthetic_acceptance: For a recipe: probability that a draft is accepted.
         json: Print one JSON document instead of a table.
@@ -154,30 +177,27 @@ def bench_decode(
 
     from cognica_poe.bench import decoding
     from cognica_poe.bench.prompts import find_model, find_prompts
-    from cognica_poe.modeling.graphs_cognica_poe import has_compiler
+    from cognica_poe.bench.training import can_compile
 
-    for name, value in (("prompts", prompts), ("prompt-tokens", prompt_tokens), ("new-tokens", new_tokens)):
-        if value < 1:
-            raise UserError(f"bench decode: --{name} is {value}; it must be at least 1")
-    if min(batch, rounds, *k_draft) < 1:
-        raise UserError("bench decode: --batch, --rounds and --k-draft must be at least 1")
-    if compile and not torch.cuda.is_available() and not has_compiler():
+    sizes = {"prompts": prompts, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "batch": batch}
+    _require_positive("bench decode", **sizes, rounds=rounds, k_draft=min(k_draft, default=0))
+    if compile and not can_compile():
         raise UserError("bench decode: --compile needs a C++ compiler (g++ or clang++); install one")
     if threads is not None:
         torch.set_num_threads(threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = find_model(checkpoint, getattr(torch, dtype), device)
-    texts = find_prompts(tokenizer, model.config, text, prompts, prompt_tokens, batch, new_tokens)
+    ids = find_prompts(tokenizer, model.config, text, prompts, prompt_tokens, batch, new_tokens, log)
     settings = decoding.Settings(
         new_tokens, rounds, k_draft, drafters, compile, width, synthetic_acceptance if tokenizer is None else None
     )
-    found = decoding.time_contenders(model, [ids.to(device) for ids in texts], settings, peers, log)
+    found = decoding.time_contenders(model, [part.to(device) for part in ids], settings, peers, log)
     if json:
         return print_json(found)
     print_decoding(found)
 
 
-def print_decoding(found: dict) -> None:
+def print_decoding(found: dict[str, Any]) -> None:
     """Tables of what :func:`cognica_poe.bench.decoding.time_contenders` found."""
     rows = [
         [
@@ -198,12 +218,12 @@ def print_decoding(found: dict) -> None:
     title = f"decoding, {first['dtype']}, batch {first['batch']}, {'compiled' if first['compiled'] else 'eager'}"
     title += f", drafts accepted at random (synthetic, {synthetic})" if synthetic is not None else ""
     columns = ["mode", "lanes", "tokens/s", "speed (95 %)", "same text", "accepted", "tokens/round", "agrees"]
-    table(title, columns, rows)
+    print_table(title, columns, rows)
     if found["peers"]:
         cells = [
             [p["name"], f"{p['tokens_per_s']:,.1f}", f"{p['cached_greedy_is_faster_by']:.2f}x"] for p in found["peers"]
         ]
-        table("others", ["name", "tokens/s", "cached greedy is faster by"], cells)
+        print_table("others", ["name", "tokens/s", "cached greedy is faster by"], cells)
     for row in found["rows"]:
         if row["mode"] == "wand":
             print(f"wand: tokens by stages used {row['stages_used']}")
@@ -213,6 +233,3 @@ def print_decoding(found: dict) -> None:
         f"{found['step_over_floor']:.2f} times as long as copying moves them ({rate / 1e9:.1f} GB/s); heads and pool "
         f"take {found['heads_share']:.1%}; {found['threads']} threads; compiled in {found['compile_seconds']:.1f} s"
     )
-
-
-COMMANDS = {"bench train": bench_train, "bench decode": bench_decode}

@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 
-def table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
+def print_table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
     """Print a small table on stdout."""
     from rich.console import Console
     from rich.table import Table
@@ -51,13 +51,13 @@ def print_records(records: list[Any]) -> None:
         accepted = record.speculative.acceptance
         rows.append([record.step, record.bpb.full, best, record.bpb.plain, record.accuracy.full, wand, accepted])
     columns = ["step", "BPB", "best stage", "plain", "accuracy", "exit at 0", "accepted"]
-    table("checkpoints on held-out text (BPB of the trained path)", columns, rows)
+    print_table("checkpoints on held-out text (BPB of the trained path)", columns, rows)
     last = records[-1].baseline if records else None
     if last is not None:
         print(f"xz -9e on the same text: {last.xz_bpb:.4f}; primed with the training text: {last.xz_primed_bpb:.4f}")
 
 
-def figures(sample: Any) -> str:
+def summary(sample: Any) -> str:
     """One line on a generation: speed, stages used, acceptance."""
     parts = [f"{sample.mode}: {sample.new_tokens} tokens, {sample.tokens_per_second:.0f} tokens/s"]
     if sample.mean_stages_used is not None:
@@ -68,6 +68,6 @@ def figures(sample: Any) -> str:
 
 
 def print_samples(samples: list[Any]) -> None:
-    """Generated texts, each under its figures."""
+    """Generated texts, each under its summary."""
     for sample in samples:
-        print(f"\n[{figures(sample)}]\n{sample.prompt}{sample.text}")
+        print(f"\n[{summary(sample)}]\n{sample.prompt}{sample.text}")

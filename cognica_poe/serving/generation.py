@@ -4,46 +4,13 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
 
 from cognica_poe.analysis.conditions import one_thread
 from cognica_poe.errors import UserError
-
-MODES = ("full", "prefix", "stage", "wand", "speculative", "parallel")
-
-
-@dataclass(frozen=True)
-class GenerationOptions:
-    """How to generate."""
-
-    mode: Literal["full", "prefix", "stage", "wand", "speculative", "parallel"] = "full"
-    """full: pool of all stages; prefix: pool of the first --stages; stage: one head alone; wand: exit early where the
-    top token cannot change; speculative: stage --stage drafts, the pool verifies; parallel: pool of chosen stages."""
-    max_new_tokens: int = 64
-    """Tokens to generate."""
-    stages: int = 1
-    """prefix: how many stages."""
-    stage: int = 0
-    """stage, speculative: which stage speaks or drafts, counted from 0."""
-    stage_list: tuple[int, ...] = (0,)
-    """parallel: the stages to compose."""
-    safety: float = 1.0
-    """wand: factor on the calibrated bounds."""
-    draft_length: int = 4
-    """speculative: drafted tokens per round."""
-    drafter: Literal["stage", "int8", "int4", "lookup", "auto"] = "stage"
-    """speculative: who drafts: the first stages, quantised copies of them, looked-up n-grams, or what measures best."""
-    temperature: float = 0.0
-    """0 is greedy; above, tokens are sampled."""
-    top_k: int | None = None
-    """Sample among this many likeliest tokens."""
-    top_p: float | None = None
-    """Sample among the likeliest tokens of this total probability."""
-    seed: int = 0
-    """Seed of the sampling."""
+from cognica_poe.serving.options import GenerationOptions, Mode
 
 
 @dataclass(frozen=True)
@@ -82,6 +49,15 @@ def generate(model: Any, tokenizer: Any, prompt: str, options: GenerationOptions
     return Generated(options.mode, prompt, text, len(new), seconds, len(new) / seconds, **extra)
 
 
+def generate_samples(model: Any, tokenizer: Any, prompt: str) -> list[Generated]:
+    """One short greedy continuation of ``prompt`` in each mode that every trained model of its kind has."""
+    modes: tuple[Mode, ...] = ("full", "prefix", "wand", "speculative")
+    if model.config.poe_mode == "none":
+        modes = ("full",)
+    length = min(64, model.config.max_position_embeddings // 2)
+    return [generate(model, tokenizer, prompt, GenerationOptions(mode=mode, max_new_tokens=length)) for mode in modes]
+
+
 def _run(model: Any, ids: torch.Tensor, options: GenerationOptions, common: dict) -> tuple[torch.Tensor, dict]:
     match options.mode:
         case "full" if model.config.poe_mode == "none":
@@ -102,7 +78,7 @@ def _run(model: Any, ids: torch.Tensor, options: GenerationOptions, common: dict
         case "parallel":
             return model.generate_parallel_composition(ids, list(options.stage_list), **common), {}
         case mode:
-            raise UserError(f"unknown mode {mode!r}; choose one of {', '.join(MODES)}")
+            raise UserError(f"unknown mode {mode!r}; choose one of {', '.join(get_args(Mode))}")
 
 
 def _plain(model: Any, ids: torch.Tensor, common: dict) -> torch.Tensor:
@@ -114,22 +90,3 @@ def _plain(model: Any, ids: torch.Tensor, common: dict) -> torch.Tensor:
             torch.manual_seed(seed)
         mask = torch.ones_like(ids)
         return model.generate(ids, attention_mask=mask, do_sample=options.pop("do_sample", False), **options)
-
-
-def load_model(checkpoint: str, revision: str | None = None, cache_dir: Path | None = None) -> tuple[Any, Any]:
-    """Model and tokenizer of a release folder, or of ``org/name`` in a Hub cache folder.
-
-    Raises UserError when the folder or revision is missing, or damaged.
-    """
-    from cognica_poe.release.export import load_release
-    from cognica_poe.release.publish.hub_folder import resolve_revision
-
-    path = Path(checkpoint)
-    if path.is_dir():
-        return load_release(path)
-    if cache_dir is None:
-        raise UserError(
-            f"no release folder {checkpoint}: pass the path of a folder that holds config.json and model.safetensors, "
-            "or org/name with --cache-dir"
-        )
-    return load_release(resolve_revision(cache_dir, checkpoint, revision or "main"))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cognica_poe.bench.processes import interleaved, median_row
-from cognica_poe.bench.training import Case, make_cases, make_recipe, measure, run_cases
+from cognica_poe.bench.training import Workload, make_recipe, make_workloads, run_workloads, time_steps
 from cognica_poe.cli.main import dispatch
 from cognica_poe.errors import UserError
 from cognica_poe.planning.costs import Costs
@@ -76,8 +76,8 @@ def checkout(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("mode", ["none", "flat", "hier"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_case_reports_what_was_asked_for(mode, dtype, small_products):
-    row = measure(Case("cognica-poe", mode, "4x64", dtype, False, keep_freed_memory=False, **TINY))
+def test_a_workload_reports_what_was_asked_for(mode, dtype, small_products):
+    row = time_steps(Workload("cognica-poe", mode, "4x64", dtype, False, keep_freed_memory=False, **TINY))
     for key in ("name", "poe_mode", "shape", "dtype", "compile", "tokens_per_s", "gemm_peak_fraction"):
         assert key in row
     assert row["poe_mode"] == mode and row["dtype"] == dtype and row["tokens_per_step"] == 32
@@ -90,32 +90,32 @@ def test_a_case_reports_what_was_asked_for(mode, dtype, small_products):
 
 
 def test_shapes_are_those_of_the_name():
-    recipe = make_recipe(Case("x", "flat", "9x128", "float32", False))
+    recipe = make_recipe(Workload("x", "flat", "9x128", "float32", False))
     assert recipe.model.poe_stage_layers == (2, 2, 3, 2) and recipe.model.num_attention_heads == 2
     assert build_model(recipe.model).num_parameters() == Costs(recipe).parameters
-    plain = make_recipe(Case("x", "none", "9x128", "float32", False))
+    plain = make_recipe(Workload("x", "none", "9x128", "float32", False))
     assert plain.model.poe_stage_layers == (9,) and not plain.model.per_stage_head
     with pytest.raises(UserError, match="4x256"):
-        make_recipe(dataclasses.replace(Case("x", "flat", "9by128", "float32", False)))
+        make_recipe(dataclasses.replace(Workload("x", "flat", "9by128", "float32", False)))
     with pytest.raises(UserError, match="at least 4 layers"):
-        make_recipe(Case("x", "flat", "2x128", "float32", False))
+        make_recipe(Workload("x", "flat", "2x128", "float32", False))
 
 
 def test_four_heads_cost_what_they_cost():
     """Work beyond the plain model's is three products with the vocabulary per token, forward and backward."""
-    flat, none = (Costs(make_recipe(Case("x", mode, "4x256", "float32", False))) for mode in ("flat", "none"))
+    flat, none = (Costs(make_recipe(Workload("x", mode, "4x256", "float32", False))) for mode in ("flat", "none"))
     assert flat.flops_per_token() - none.flops_per_token() == 6 * 3 * 32768 * 256
 
 
 def test_nanochat_is_driven_through_its_own_interface(checkout, capsys, small_products):
-    row = measure(Case("nanochat", "none", "4x64", "float32", False, nanochat=str(checkout), **TINY))
+    row = time_steps(Workload("nanochat", "none", "4x64", "float32", False, nanochat=str(checkout), **TINY))
     from nanochat.gpt import GPT
 
     assert GPT.last.calls == [(1, 16)] * (1 + 2 * 2)  # one micro-batch to warm up, two in each of two measured steps
     assert row["name"] == "nanochat" and row["tokens_per_s"] > 0
     assert "chatter" not in capsys.readouterr().out
-    cases = make_cases(["4x64"], ["none", "flat"], ["float32"], False, checkout)
-    assert [(case.name, case.poe_mode) for case in cases] == [
+    workloads = make_workloads(["4x64"], ["none", "flat"], ["float32"], False, checkout)
+    assert [(workload.name, workload.poe_mode) for workload in workloads] == [
         ("nanochat", "none"),
         ("cognica-poe", "none"),
         ("cognica-poe", "flat"),
@@ -124,18 +124,18 @@ def test_nanochat_is_driven_through_its_own_interface(checkout, capsys, small_pr
 
 def test_a_folder_without_nanochat_is_a_mistake(tmp_path):
     with pytest.raises(UserError, match=r"no nanochat checkout \(nanochat/gpt.py is missing\)"):
-        make_cases(["4x64"], ["none"], ["float32"], False, tmp_path)
+        make_workloads(["4x64"], ["none"], ["float32"], False, tmp_path)
 
 
 def test_rows_are_medians_and_say_what_they_are_compared_with(monkeypatch):
-    def fake(module, cases, rounds, log):
+    def fake(module, workloads, rounds, log):
         assert rounds == 3 and module == "cognica_poe.bench.training"
         speeds = {("nanochat", "none"): 100.0, ("cognica-poe", "none"): 120.0, ("cognica-poe", "flat"): 60.0}
-        return [{**c, "tokens_per_s": speeds[c["name"], c["poe_mode"]], "flops_per_token": 10} for c in cases]
+        return [{**c, "tokens_per_s": speeds[c["name"], c["poe_mode"]], "flops_per_token": 10} for c in workloads]
 
     monkeypatch.setattr("cognica_poe.bench.training.interleaved", fake)
-    cases = [Case(n, m, "4x64", "float32", True) for n, m in (("nanochat", "none"), ("cognica-poe", "none"))]
-    rows = run_cases([*cases, Case("cognica-poe", "flat", "4x64", "float32", True)], 3, print)
+    workloads = [Workload(n, m, "4x64", "float32", True) for n, m in (("nanochat", "none"), ("cognica-poe", "none"))]
+    rows = run_workloads([*workloads, Workload("cognica-poe", "flat", "4x64", "float32", True)], 3, print)
     assert "relative_speed" not in rows[0]
     assert rows[1]["relative_speed"] == 1.2 and rows[1]["relative_to"] == "nanochat none"
     assert rows[2]["relative_speed"] == 0.5 and rows[2]["relative_to"] == "cognica-poe none"
@@ -152,11 +152,11 @@ def test_rows_are_medians_and_say_what_they_are_compared_with(monkeypatch):
 def test_processes_are_interleaved(monkeypatch):
     order = []
 
-    def fake(module, case):
-        order.append(case["name"])
+    def fake(module, workload, what):
+        order.append(workload["name"])
         return {"tokens_per_s": 1.0, "peak_memory_bytes": 1}
 
-    monkeypatch.setattr("cognica_poe.bench.processes._measure", fake)
+    monkeypatch.setattr("cognica_poe.bench.processes.run_alone", fake)
     interleaved("m", [{"name": n, "shape": "s", "dtype": "d"} for n in "ab"], 3, lambda line: None)
     assert order == list("ababab")
 
@@ -165,7 +165,7 @@ def test_the_product_rate_is_a_rate():
     assert 1e7 < product_rate(torch.float32, torch.device("cpu"), size=128) < 1e14
 
 
-def test_the_command_runs_its_cases_in_processes(capsys):
+def test_the_command_runs_its_workloads_in_processes(capsys):
     options = "--shapes 4x64 --modes flat --dtypes float32 --vocab 300 --length 16 --rows 2 --rounds 1 --steps 1"
     dispatch(["bench", "train", *options.split(), "--compile", "off", "--json"])
     printed = capsys.readouterr()
@@ -177,13 +177,15 @@ def test_the_command_runs_its_cases_in_processes(capsys):
 
 def test_bf16_is_left_out_where_it_is_no_faster(monkeypatch):
     asked = []
-    monkeypatch.setattr("cognica_poe.bench.training.run_cases", lambda cases, *rest: asked.append(cases) or [])
+    monkeypatch.setattr(
+        "cognica_poe.bench.training.run_workloads", lambda workloads, *rest: asked.append(workloads) or []
+    )
     for fastest, expected in ((torch.float32, ["float32"]), (torch.bfloat16, ["float32", "bfloat16"])):
         monkeypatch.setattr("cognica_poe.training.precision.choose_compute_dtype", lambda *_, f=fastest: f)
         dispatch(["bench", "train", "--shapes", "4x64", "--modes", "none", "--json"])
-        assert [case.dtype for case in asked[-1]] == expected
+        assert [workload.dtype for workload in asked[-1]] == expected
     dispatch(["bench", "train", "--shapes", "4x64", "--modes", "none", "--dtypes", "bfloat16", "--json"])
-    assert [case.dtype for case in asked[-1]] == ["bfloat16"]
+    assert [workload.dtype for workload in asked[-1]] == ["bfloat16"]
 
 
 def test_mistakes():

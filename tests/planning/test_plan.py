@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.memory import peak_bytes
+from cognica_poe.bench.memory import peak_bytes
 from cognica_poe.errors import UserError
 from cognica_poe.planning.cluster import Cluster
 from cognica_poe.planning.costs import Costs

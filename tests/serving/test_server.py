@@ -15,7 +15,8 @@ from transformers import AutoTokenizer
 from cognica_poe.data.tokenizer import train_tokenizer
 from cognica_poe.errors import UserError
 from cognica_poe.modeling.modeling_cognica_poe import CognicaPoEForCausalLM
-from cognica_poe.serving.server import serve
+from cognica_poe.serving.options import ServerOptions
+from cognica_poe.serving.server import generation_defaults, serve
 from tests.conftest import make_model
 
 TEXT = "the cat sat on the mat and the dog sat on the log; "
@@ -84,11 +85,19 @@ def test_answers_are_those_of_the_mode(start, folder):
     assert answer["choices"][0]["text"] == tokenizer.decode(by_stage[0, ids.shape[1] :], skip_special_tokens=True)
 
 
+def test_a_mode_brings_its_own_options_and_no_others():
+    assert generation_defaults(ServerOptions(stage=2)) == {}
+    assert generation_defaults(ServerOptions("wand", stage=2)) == {"poe_mode": "wand", "poe_options": {}}
+    assert generation_defaults(ServerOptions("prefix", stages=2))["poe_options"] == {"max_stages": 2}
+    options = generation_defaults(ServerOptions("speculative", stage=1, drafter="int8", k_draft=3))["poe_options"]
+    assert options == {"draft_stage": 1, "drafter": "int8", "k_draft": 3}
+
+
 def test_mistakes(tmp_path, folder, monkeypatch):
     with pytest.raises(UserError, match="is no release folder"):
-        serve(tmp_path / "nothing")
+        serve(tmp_path / "nothing", ServerOptions(), print)
     with pytest.raises(UserError, match="--k-draft is 0"):
-        serve(folder, k_draft=0)
+        serve(folder, ServerOptions(k_draft=0), print)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'cognica-poe\[serve\]'"):
-        serve(folder)
+        serve(folder, ServerOptions(), print)

@@ -1,0 +1,67 @@
+"""The commands that pass a model on: ``export``, ``publish`` and ``report``."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from cognica_poe.cli.arguments import Flag, RunFolder, RunFolders
+from cognica_poe.cli.output import print_json, print_table
+from cognica_poe.cli.progress import log
+from cognica_poe.errors import UserError
+
+
+def export(run: RunFolder, step: int, out: Path | None = None) -> None:
+    """Write the release folder of a measured step.
+
+    Args:
+        run: Run folder.
+        step: A step with a checkpoint and a record.
+        out: Where to; RUN/release/step-N when omitted.
+    """
+    from cognica_poe import pipeline
+    from cognica_poe.files import require_apart, require_replaceable
+
+    recipe = pipeline.read_recipe(run)
+    out = out or run / "release" / f"step-{step}"
+    for part in [*run.iterdir(), run / "release" / "hub"]:  # of a run, only RUN/release takes further folders
+        if part != run / "release":
+            require_apart(out, part)
+    require_replaceable(out, "release")
+    print(pipeline.export_step(run, recipe, pipeline.checkpoint_model(run, recipe, step, log), step, log, out))
+
+
+def publish(run: RunFolder, to: str, replace: Flag = False, json: Flag = False) -> None:
+    """Publish every release folder of a run, one revision per step.
+
+    Args:
+        run: Run folder.
+        to: org/name on the Hub (token from HF_TOKEN), or file:FOLDER for a local Hub cache folder.
+        replace: Allow a step to be published again with other content.
+        json: Print one JSON document.
+    """
+    from cognica_poe import pipeline
+    from cognica_poe.release.publish.revisions import publish as publish_folders
+
+    recipe = pipeline.read_recipe(run)
+    folders = sorted((run / "release").glob("step-*"))
+    repo_id = recipe.release.repo_id if to.startswith("file:") else None
+    done = publish_folders(folders, to, repo_id, replace=replace, log=log)
+    if json:
+        return print_json(dataclasses.asdict(done))
+    rows = [[f"step-{step}", commit] for step, commit in done.revisions.items()]
+    print_table(f"{done.repo_id} at {done.where}", ["revision", "commit"], [*rows, ["main", done.main]])
+
+
+def report(runs: RunFolders, out: Path | None = None) -> None:
+    """Trajectory report of one or several runs, as one self-contained page.
+
+    Args:
+        runs: Run folders.
+        out: Folder or .html file; the first run's report/ when omitted.
+    """
+    from cognica_poe.release.report.html import write_report
+
+    if not runs:
+        raise UserError("report: pass at least one run folder")
+    print(write_report(list(runs), out or runs[0] / "report"))
