@@ -185,11 +185,12 @@ def _mistake(path: Words, node: Command | Group, rest: Sequence[str], box: str) 
 
 def _reason(box: str, help_of: str) -> str:
     """The reason in the parser's box of many lines; of the options that it finds similar those of ``help_of`` count."""
-    rows = re.findall(r"^[│|] (.*?) *[│|]$", re.sub(r"\x1b\[[\d;]*m", "", box), re.MULTILINE)
-    text = "\n".join(rows) or box.strip()
-    head = " ".join(re.split(r"\n *[─-]{3,}", text)[0].split())
+    lines = re.sub(r"\x1b\[[\d;]*m", "", box).splitlines()
+    text = "\n".join(line[2:].rstrip(" │") for line in lines[1:])  # below the title, without the box's sides
+    parts = (" ".join(part.split()) for part in re.split(r"^ *[─-]{3,}$", text, flags=re.M))
+    head = next(filter(None, parts), "these words are not understood")
     if head.startswith("Unrecognized"):
-        word = head.partition(": ")[2].split()[0].rstrip(",")
+        word = head.partition(": ")[2].partition(" ")[0].rstrip(",")
         if not word.startswith("-"):
             return f"{word!r} is one word too many"
         similar = re.findall(

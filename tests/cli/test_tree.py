@@ -36,9 +36,9 @@ print(json.dumps([texts, [name for name in {HEAVY} if name in sys.modules]]))
 """
 
 
-def call(*words):
+def call(*words, **setting):
     command = [sys.executable, "-m", "cognica_poe.cli", *words]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "100"})
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "100", **setting})
 
 
 @pytest.fixture(scope="module")
@@ -142,10 +142,17 @@ def test_a_wrong_line_is_answered_in_one(words, says):
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
-def test_one_line_on_stderr_and_exit_code_two():
-    done = call("run", "tiny", "--traning.steps", "5")
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("cognica-poe: run: unknown option") and done.stderr.count("\n") == 1
+@pytest.mark.parametrize("setting", [{}, {"PYTHONIOENCODING": "ascii"}, {"COLUMNS": "30"}], ids=str)
+def test_one_line_on_stderr_and_exit_code_two(setting):
+    """Whatever the terminal is like."""
+    for words, says in (
+        ("run tiny --name", "Missing value for argument '--name'"),
+        ("export", "missing RUN, --step N"),
+    ):
+        done = call(*words.split(), **setting)
+        assert done.returncode == 2 and done.stdout == ""
+        assert done.stderr.startswith("cognica-poe: ") and done.stderr.count("\n") == 1
+        assert says in done.stderr
 
 
 def test_parsing_calls_nothing(tmp_path):
