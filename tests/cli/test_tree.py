@@ -117,7 +117,7 @@ def test_no_words_are_a_call_for_help_and_the_version_is_an_option(texts):
     [
         ("rnu", "unknown command 'rnu': did you mean 'run'? commands are run, train, plan"),
         ("data", "data: name a command; commands are data build, data pack, data which-docs"),
-        ("data biuld", "unknown command 'data biuld': did you mean 'data build'?"),
+        ("data packs", "unknown command 'data packs': did you mean 'data pack'?"),
         ("--verbose", "unknown option --verbose: a command comes first"),
         ("run", "run: name a recipe first, such as `cognica-poe run tiny`; recipes are tiny,"),
         ("plan --gpus 3", "plan: name a recipe first, such as `cognica-poe plan tiny`"),
