@@ -33,9 +33,9 @@ BETAS = (0.0, 0.5, 2.0)
 class HeadGeometry:
     """From the weights alone; ``None`` where a head is zero (as at initialisation) and the number has no meaning.
 
-    alignment, K rows of K: cosine of the dominant left singular vectors u_i, u_j, signed by that of the right ones, so that
-    the free sign of a singular pair cancels. unique_share [K]: squared norm of head k outside the span of the heads
-    before it (as vectors of V * D numbers), relative to its squared norm; the first is 1. norm [K]: Frobenius.
+    alignment, K rows of K: cosine of the dominant left singular vectors u_i, u_j, signed by that of the right ones, so
+    that the free sign of a singular pair cancels. unique_share [K]: squared norm of head k outside the span of the
+    heads before it (as vectors of V * D numbers), relative to its squared norm; the first is 1. norm [K]: Frobenius.
     top_tokens [K]: the tokens with the largest entries of u_k, oriented so that its cubes sum to a positive number.
     """
 

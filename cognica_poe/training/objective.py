@@ -15,14 +15,13 @@ leaf whose gradient is summed over the stages and sent back through the embeddin
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from cognica_poe.modeling.blocks_cognica_poe import Rotary, rmsnorm, rotary_factors
-from cognica_poe.modeling.configuration_cognica_poe import CognicaPoEConfig
 from cognica_poe.modeling.modeling_cognica_poe import CognicaPoEForCausalLM
 from cognica_poe.training.cross_entropy import softcap_cross_entropy
 
@@ -45,7 +44,7 @@ class Objective:
         self, model: CognicaPoEForCausalLM, compute_dtype: torch.dtype = torch.float32, recompute: bool = False
     ):
         self.model, self.compute_dtype, self.recompute = model, compute_dtype, recompute
-        self.config = cast(CognicaPoEConfig, model.config)  # declared for all models of transformers at once
+        self.config = model.config
         self.mode = self.config.poe_mode
         if self.mode not in TRAINABLE_MODES:
             raise ValueError(
