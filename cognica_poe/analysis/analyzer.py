@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,7 +27,6 @@ from cognica_poe.data.manifest import read_documents
 
 if TYPE_CHECKING:
     from cognica_poe.data.tokenizer import Tokenizer
-    from cognica_poe.modeling.configuration_cognica_poe import CognicaPoEConfig
     from cognica_poe.modeling.modeling_cognica_poe import CognicaPoEForCausalLM
 
 _BITS = 1.0 / np.log(2)
@@ -102,7 +101,7 @@ def analyze(
             model, chosen, new_tokens=new_tokens, draft_length=draft_length, seed=seed, log=log
         )
         probes = run_probes(model, tokenizer, new_tokens=probe_tokens, log=log)
-    config = cast("CognicaPoEConfig", model.config)
+    config = model.config
     fields = {
         "step": step,
         "tokens_seen": tokens_seen,
