@@ -56,9 +56,9 @@ def apply_rotary(x: Tensor, rotary: Rotary) -> Tensor:
     return torch.cat((first * cos + second * sin, second * cos - first * sin), dim=-1)
 
 
-def place_heads(x: Tensor, rotary: Rotary, config: CognicaPoEConfig) -> Tensor:
+def place_heads(x: Tensor, rotary: Rotary, eps: float, scale: float) -> Tensor:
     """Queries or keys ``[..., h]`` rotated to their positions, normed and scaled."""
-    return rmsnorm(apply_rotary(x, rotary), config.rms_norm_eps) * config.qk_scale
+    return rmsnorm(apply_rotary(x, rotary), eps) * scale
 
 
 def gate_values(v: Tensor, gate: Tensor, value_embedding: Tensor) -> Tensor:
@@ -146,7 +146,8 @@ class Attention(nn.Module):
         v = self.c_v(n).view(B, T, -1, self.head_dim)
         if value_embedding is not None:
             v = gate_values(v, self.ve_gate(n[..., : self.config.ve_gate_channels]), value_embedding)
-        q, k = (place_heads(heads.transpose(1, 2), rotary, self.config) for heads in (q, k))
+        eps, scale = self.config.rms_norm_eps, self.config.qk_scale
+        q, k = (place_heads(heads.transpose(1, 2), rotary, eps, scale) for heads in (q, k))
         v = v.transpose(1, 2)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)

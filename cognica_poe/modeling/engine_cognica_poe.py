@@ -66,7 +66,9 @@ class DecodeLayer(nn.Module):
         super().__init__()
         config, block = model.config, model.transformer.h[index]
         attention, embedded = block.attn, model.config.has_value_embedding(index)
-        self.config, self.kind = config, config.layer_types[index]
+        # The shape is read once: every look at a configuration of transformers costs as much as a small operation.
+        self.heads = config.num_attention_heads, config.num_key_value_heads
+        self.config, self.head_dim, self.kind = config, config.head_dim, config.layer_types[index]
         self.c_qkv = linear(torch.cat([m.weight for m in (attention.c_q, attention.c_k, attention.c_v)]))
         self.c_proj, self.c_fc, self.mlp_proj = (
             linear(m.weight.detach()) for m in (attention.c_proj, block.mlp.c_fc, block.mlp.c_proj)
@@ -79,22 +81,21 @@ class DecodeLayer(nn.Module):
         """``x``, ``x0`` ``[B, W, D]`` to ``[B, W, D]``; ``keys`` and ``values`` ``[B, S, G, h]`` get the lanes' own."""
 
         def attention(n: torch.Tensor) -> torch.Tensor:
-            q, k, v = self._project(n, ids, rotary)
+            q, k, v = self._project(n, ids, rotary, eps)
             keys[rows, write], values[rows, write] = k.to(keys.dtype), v.to(values.dtype)
             return self.c_proj(self._attend(q, keys[:, :span], values[:, :span], masks[self.kind]))
 
-        mlp = functools.partial(feed_forward, c_fc=self.c_fc, c_proj=self.mlp_proj)
-        return run_layer(x, x0, self.resid_lambda, self.x0_lambda, self.config.rms_norm_eps, attention, mlp)
+        eps, mlp = self.config.rms_norm_eps, functools.partial(feed_forward, c_fc=self.c_fc, c_proj=self.mlp_proj)
+        return run_layer(x, x0, self.resid_lambda, self.x0_lambda, eps, attention, mlp)
 
-    def _project(self, n: torch.Tensor, ids: torch.Tensor, rotary: Rotary) -> tuple[torch.Tensor, ...]:
+    def _project(self, n: torch.Tensor, ids: torch.Tensor, rotary: Rotary, eps: float) -> tuple[torch.Tensor, ...]:
         """Queries ``[B, W, N, h]``, keys and values ``[B, W, G, h]`` of normed states ``[B, W, D]``."""
-        config = self.config
-        N, G = config.num_attention_heads, config.num_key_value_heads
-        qk, v = self.c_qkv(n).view(*n.shape[:2], -1, config.head_dim).split((N + G, G), dim=2)
-        if self.value_embedding is not None and self.gate is not None:
-            gate = _small_product(n[..., : config.ve_gate_channels], self.gate)
-            v = gate_values(v, gate, F.embedding(ids, self.value_embedding))
-        q, k = place_heads(qk, rotary, config).split((N, G), dim=2)
+        (N, G), gate, value_embedding = self.heads, self.gate, self.value_embedding
+        qk, v = self.c_qkv(n).view(*n.shape[:2], -1, self.head_dim).split((N + G, G), dim=2)
+        if gate is not None and value_embedding is not None:
+            opened = _small_product(n[..., : gate.shape[1]], gate)
+            v = gate_values(v, opened, F.embedding(ids, value_embedding))
+        q, k = place_heads(qk, rotary, eps, self.config.qk_scale).split((N, G), dim=2)
         return q, k, v
 
     def _attend(self, q, keys, values, mask) -> torch.Tensor:
@@ -148,7 +149,7 @@ class StageLayers(nn.Module):
     def _embed(self, ids, before, slots) -> torch.Tensor:
         eps = self.config.rms_norm_eps
         x, earlier = (rmsnorm(F.embedding(tokens, self.wte), eps) for tokens in (ids, before))
-        gate = _small_product(x[..., : self.config.smear_channels], self.smear_gate)
+        gate = _small_product(x[..., : self.smear_gate.shape[1]], self.smear_gate)
         return smear(x, earlier * (slots > 0).unsqueeze(-1), gate, self.smear_lambda)
 
     def _masks(self, slots, span: int, dtype) -> dict[str, torch.Tensor]:
