@@ -6,7 +6,7 @@ goes on where it stopped.
 
 from __future__ import annotations
 
-import itertools
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,14 @@ from cognica_poe.data.manifest import load_manifest, read_documents
 from cognica_poe.data.rows.reader import Rows
 from cognica_poe.data.tokenizer import load_tokenizer, train_tokenizer
 from cognica_poe.errors import UserError
-from cognica_poe.files import read_json, write_json
+from cognica_poe.files import Manifest, read_json, write_json
 from cognica_poe.recipe.fields import Recipe
 from cognica_poe.recipe.named import find_recipe
-from cognica_poe.recipe.rules import changed_settings, check_run
+from cognica_poe.recipe.rules import Change, changes, check_run
 from cognica_poe.recipe.stored import save_recipe
 from cognica_poe.training.build import build_model
 from cognica_poe.training.checkpoint import CheckpointFolder
+from cognica_poe.training.journal import Journal
 
 Log = Callable[[str], None]
 
@@ -37,13 +38,15 @@ def prepare(recipe: Recipe, run: Path, log: Log, resume: bool = False) -> None:
     run, saved = Path(run), Path(run) / "recipe.json"
     if saved.is_file():
         earlier = find_recipe(str(saved))
-        if changed := changed_settings(earlier, recipe):
-            names = ", ".join(setting.option for setting in changed)
+        changed = changes(earlier, recipe)
+        if refused := [change.option for change in changed if not change.allowed]:
             raise UserError(
-                f"{run} holds a run of another recipe ({earlier.name}): {names} differ; choose another --out"
+                f"{run} holds a run of another recipe ({earlier.name}): {', '.join(refused)} differ; "
+                "choose another --out"
             )
         if not resume and (run / "checkpoints").is_dir():
             raise UserError(f"{run} already holds a run: add --resume to go on, or choose another --out")
+        _record_changes(run, recipe, changed, log)
     data, tokenizer = run / "data", run / "tokenizer"
     if not (data / "manifest.json").is_file():
         options = recipe.data
@@ -60,6 +63,24 @@ def prepare(recipe: Recipe, run: Path, log: Log, resume: bool = False) -> None:
     if not (tokenizer / "tokenizer.json").is_file():
         texts = (document.text for document in read_documents(data, "train"))
         train_tokenizer(texts, recipe.model.vocab_size, tokenizer, max_bytes=recipe.data.tokenizer_bytes, log=log)
+
+
+def _record_changes(run: Path, recipe: Recipe, changed: Sequence[Change], log: Log) -> None:
+    """Say in the log and in ``events.jsonl`` what a run does differently from now on.
+
+    Raises UserError when it is to end before where it stands.
+    """
+    reached = max(CheckpointFolder(run / "checkpoints").steps(), default=0)
+    if recipe.training.steps < reached:
+        raise UserError(
+            f"{run} stands at step {reached}: training.steps {recipe.training.steps} would end it before; "
+            f"use at least {reached}"
+        )
+    if changed:
+        said = {change.option: {"before": change.before, "after": change.after} for change in changed}
+        Journal(run / "events.jsonl", True).write({"event": "recipe changed", "step": reached, "changes": said})
+    for change in changed:
+        log(f"recipe changed at step {reached}: {change.option} was {change.before}, is {change.after}")
 
 
 def open_rows(run: Path, recipe: Recipe, log: Log = lambda line: None) -> Rows:
@@ -144,12 +165,23 @@ def export_step(run: Path, recipe: Recipe, model: Any, step: int, log: Log, out:
 
 
 def publish_run(run: Path, recipe: Recipe, steps: Sequence[int], log: Log) -> None:
-    """Publish measured steps into the run's own Hub cache folder, ``release/hub``."""
+    """Publish measured steps into the run's own Hub cache folder, ``release/hub``.
+
+    Of steps with the same weights (no step between them changed any) the first is published.
+    """
+    from cognica_poe.release.export import WEIGHTS
     from cognica_poe.release.publish.revisions import publish
 
-    folders = [Path(run) / "release" / f"step-{step}" for step in steps]
+    folders: dict[str, Path] = {}
+    for step in steps:
+        folder = Path(run) / "release" / f"step-{step}"
+        first = folders.setdefault(Manifest.read(folder).digests[WEIGHTS], folder)
+        if first != folder:
+            reason = f"it holds the weights of {first.name}"
+            log(f"step {step} is not published: {reason}")
+            Journal(run / "events.jsonl", True).write({"event": "release left out", "step": step, "reason": reason})
     hub = Path(run) / "release" / "hub"
-    publish(folders, f"file:{hub}", recipe.release.repo_id, replace=True, log=log)
+    publish(list(folders.values()), f"file:{hub}", recipe.release.repo_id, replace=True, log=log)
 
 
 def checkpoint_model(run: Path, recipe: Recipe, step: int, log: Log = lambda line: None) -> Any:
@@ -179,18 +211,28 @@ def run_recipe(
     trainer = Trainer(recipe, run, open_rows(run, recipe, log), resume=resume, log=log, progress=progress)
 
     def release(step: int) -> None:
+        _drop_unreleased(run, recipe, trainer.releases)
         analyze_step(run, recipe, trainer.model, step, log)
         export_step(run, recipe, trainer.model, step, log)
 
     trainer.train(release)
-    steps = [step for step in recipe.released_steps() if (Path(run) / "release" / f"step-{step}").is_dir()]
-    for step in itertools.filterfalse(steps.__contains__, recipe.released_steps()):
-        release_from_checkpoint(run, recipe, step, log)  # a kill came between checkpoint and release
-    steps = recipe.released_steps()
+    steps = trainer.releases
+    _drop_unreleased(run, recipe, steps)
+    for step in steps:
+        if not (Path(run) / "release" / f"step-{step}").is_dir():
+            release_from_checkpoint(run, recipe, step, log)  # a kill came between checkpoint and release
     publish_run(run, recipe, steps, log)
     report = write_report([run], Path(run) / "report")
     log(f"report: {report}")
     return steps
+
+
+def _drop_unreleased(run: Path, recipe: Recipe, releases: Sequence[int]) -> None:
+    """Remove records and releases of steps that a roll-back has taken out of the run since."""
+    for step in set(recipe.released_steps()) - set(releases):
+        shutil.rmtree(Path(run) / "release" / f"step-{step}", ignore_errors=True)
+        for file in (Path(run) / "analysis").glob(f"step-{step}.*"):
+            file.unlink()
 
 
 def release_from_checkpoint(run: Path, recipe: Recipe, step: int, log: Log) -> None:

@@ -78,47 +78,47 @@ class DataRecipe:
 
 @dataclass(frozen=True)
 class ScheduleRecipe:
-    """When the learning rate rises and falls."""
+    """When the learning rate rises and falls; a resumed run may change it from there on."""
 
-    warmup_steps: int = 1000
+    warmup_steps: int = setting(1000, resume=True)
     """Steps of linear warm-up."""
-    warmdown_ratio: float = setting(0.65, high=1)
+    warmdown_ratio: float = setting(0.65, high=1, resume=True)
     """Share of all steps spent in the linear warm-down."""
-    final_lr_fraction: float = 0.05
+    final_lr_fraction: float = setting(0.05, resume=True)
     """Learning-rate multiplier at the last step."""
-    momentum_start: float = 0.85
+    momentum_start: float = setting(0.85, resume=True)
     """Muon momentum at step 0."""
-    momentum_peak: float = 0.97
+    momentum_peak: float = setting(0.97, resume=True)
     """Muon momentum after its warm-up."""
-    momentum_end: float = 0.90
+    momentum_end: float = setting(0.90, resume=True)
     """Muon momentum at the last step; it falls during the warm-down."""
-    momentum_warmup_steps: int = 400
+    momentum_warmup_steps: int = setting(400, resume=True)
     """Steps of linear momentum warm-up."""
 
 
 @dataclass(frozen=True)
 class OptimizerRecipe:
-    """Learning rates and decays; the card's values are the defaults."""
+    """Learning rates and decays, by default those of the card; a resumed run may change them from there on."""
 
-    matrix_lr: float = 0.015
+    matrix_lr: float = setting(0.015, resume=True)
     """Muon, matrices of the blocks."""
-    embedding_lr: float = 0.3
+    embedding_lr: float = setting(0.3, resume=True)
     """AdamW, token embeddings; value embeddings get half of it."""
-    unembedding_lr: float = 0.008
+    unembedding_lr: float = setting(0.008, resume=True)
     """AdamW, shared and stage heads."""
-    scalar_lr: float = 0.5
+    scalar_lr: float = setting(0.5, resume=True)
     """AdamW, x0 lambdas; residual lambdas get a hundredth of it."""
-    gate_lr: float = 0.2
+    gate_lr: float = setting(0.2, resume=True)
     """AdamW, smear and backout."""
-    weight_decay: float = 0.28
+    weight_decay: float = setting(0.28, resume=True)
     """Muon's cautious decay; follows a cosine to 0 over the run."""
-    lr_scaling: bool = True
+    lr_scaling: bool = setting(True, resume=True)
     """Multiply every rate by sqrt(batch tokens / 2^19), embeddings and heads also by (width / 768)^-0.5."""
-    muon_beta2: float = 0.9
+    muon_beta2: float = setting(0.9, resume=True)
     """Decay of Muon's factored second moment; 1 turns the normalisation off."""
-    muon_iteration: Literal["polar_express", "quintic"] = "polar_express"
+    muon_iteration: Literal["polar_express", "quintic"] = setting("polar_express", resume=True)
     """Newton-Schulz coefficients."""
-    muon_dtype: Literal["float32", "bfloat16"] = "float32"
+    muon_dtype: Literal["float32", "bfloat16"] = setting("float32", resume=True)
     """Dtype of the Newton-Schulz products."""
 
 
@@ -141,17 +141,19 @@ class GuardRecipe:
     """When a step is left out, when a run rolls back, when ranks are compared."""
 
     spike_sigma: float = setting(6.0, resume=True)
-    """A loss or gradient norm this many standard deviations above the mean of the window is a spike; 0: none is."""
+    """A loss or gradient norm this many standard deviations above the mean of the window is a spike, unless the last
+    ``max_in_a_row - 1`` steps were as high: that is a level; 0: no step is a spike."""
     spike_window: int = setting(128, low=1, resume=True)
-    """Accepted steps that mean and deviation are taken over; nothing is a spike before as many were seen."""
-    max_in_a_row: int = setting(3, low=1, resume=True)
+    """Finite steps that mean and deviation are taken over; nothing is a spike before as many were seen."""
+    max_in_a_row: int = setting(4, low=1, resume=True)
     """Roll back after this many steps in a row were left out."""
     max_in_window: int = setting(8, low=1, resume=True)
     """Roll back after this many of the last ``spike_window`` steps were left out."""
     pass_over: int = setting(4, resume=True)
-    """After a roll-back also leave out this many steps before the first one that was left out."""
+    """After a roll-back also pass over this many steps before the first one that was left out."""
     max_rollbacks: int = setting(3, resume=True)
-    """Stop at the next roll-back after this many."""
+    """Roll back at most this often within ten windows; spikes are just left out then. What is not finite for
+    ``max_in_a_row`` steps beyond the last roll-back stops the run."""
     compare_ranks_every: int = setting(100, resume=True)
     """Steps between comparisons of the ranks' weights; 0: never."""
 
@@ -160,7 +162,8 @@ class GuardRecipe:
 class TrainingRecipe:
     """One optimiser run."""
 
-    steps: int = setting(83_923, low=1)
+    steps: int = setting(83_923, low=1, resume=True)
+    """Length of the run, by which the schedule goes; a resumed run may be longer, or end sooner."""
     batch_rows: int = setting(384, low=1)
     """Rows of one optimiser step over all ranks."""
     micro_rows: int = setting(8, low=1, resume=True)
@@ -172,7 +175,7 @@ class TrainingRecipe:
     """torch.compile of each block; auto: on for CUDA, off elsewhere."""
     attention: Literal["sdpa", "flex_attention"] = "sdpa"
     """flex_attention skips what a sliding window hides, on CUDA; sdpa masks it. It trains on CUDA alone."""
-    recompute: bool = False
+    recompute: bool = setting(False, resume=True)
     """Keep only the states between layers and compute the rest again in the backward: less memory, 1/3 more work."""
     checkpoint_every: int = setting(1000, low=1, resume=True)
     """Steps between checkpoints."""

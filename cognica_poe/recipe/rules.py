@@ -115,7 +115,22 @@ def _problem(setting: Setting) -> str | None:
     return None
 
 
-def changed_settings(earlier: Recipe, later: Recipe) -> list[Setting]:
-    """Settings of ``later`` that differ from ``earlier`` and that a resumed run may not change."""
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """A setting that differs between two recipes."""
+
+    option: str
+    before: Any
+    after: Any
+    allowed: bool
+    """A resumed run may do that."""
+
+
+def changes(earlier: Recipe, later: Recipe) -> list[Change]:
+    """Settings of ``later`` that differ from ``earlier``."""
     before = {setting.option: setting.value for setting in settings(earlier)}
-    return [setting for setting in settings(later) if not setting.resume and setting.value != before[setting.option]]
+    return [
+        Change(setting.option, before[setting.option], setting.value, setting.resume)
+        for setting in settings(later)
+        if setting.value != before[setting.option]
+    ]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from cognica_poe.recipe.fields import Recipe
-from cognica_poe.training.guard import Decision, LateObservation, Observation, SpikePolicy
+from cognica_poe.training.guard import Decision, LateObservation, SpikePolicy
 from cognica_poe.training.journal import Journal
 from cognica_poe.training.optim.schedule import Schedule
 
@@ -27,16 +27,6 @@ class LaunchedStep:
     losses: torch.Tensor
     """Mean cross-entropy over all ranks of every stage, ``[K]``; complete once the observation has been read."""
     observation: LateObservation
-
-
-@dataclass(frozen=True)
-class Setback:
-    """A step after which the run cannot just go on: it rolls back, or stops."""
-
-    observation: Observation
-    decision: Decision
-    first: int
-    """The first of the steps left out that led here."""
 
 
 class Backlog:
@@ -73,12 +63,11 @@ class Backlog:
         """Forget what has not been read."""
         self._steps.clear()
 
-    def read(self, in_flight: int) -> Setback | None:
-        """Read all but the last ``in_flight`` steps; the first setback among them, if there is one, ends it."""
+    def read(self, in_flight: int) -> Decision | None:
+        """Read all but the last ``in_flight`` steps, or up to a decision to roll back or stop, returned then."""
         while len(self._steps) > in_flight:
             launched = self._steps.pop(0)
             observation = launched.observation.read()
-            first = (*self.policy.left_out, observation.step)[0]
             decision = self.policy.judge(observation)
             if decision.action == "go":
                 self._record(launched, observation.gradient_norm)
@@ -88,7 +77,7 @@ class Backlog:
                 f"gradient norm {observation.gradient_norm:.4g}"
             )
             if decision.action != "left_out":
-                return Setback(observation, decision, first)
+                return decision
             self.events.write(decision.event)
         return None
 

@@ -19,16 +19,16 @@ import torch
 from cognica_poe.data.rows.reader import Rows
 from cognica_poe.errors import TrainingStopped, UserError
 from cognica_poe.recipe.fields import Recipe
-from cognica_poe.training.backlog import Backlog, LaunchedStep, Progress, Setback
+from cognica_poe.training.backlog import Backlog, LaunchedStep, Progress
 from cognica_poe.training.build import build_model, build_objective_and_optimizer, rows_of_a_rank
 from cognica_poe.training.checkpoint import Checkpoint, CheckpointFolder
-from cognica_poe.training.guard import SpikePolicy, StepGuard, copy_to_host
+from cognica_poe.training.guard import Decision, SpikePolicy, StepGuard, copy_to_host
 from cognica_poe.training.journal import Journal
 from cognica_poe.training.memory import keep_freed_memory
 from cognica_poe.training.optim.schedule import Schedule
-from cognica_poe.training.parallel.divergence import find_divergence, hash_parameters
 from cognica_poe.training.parallel.ranks import Ranks
 from cognica_poe.training.precision import choose_compute_dtype, default_device
+from cognica_poe.training.soundness import require_equal, require_finite
 
 Log = Callable[[str], None]
 
@@ -86,6 +86,9 @@ class Trainer:
         self._build(found)
         if found is not None:
             self._restore(found)
+            self.log(f"resumed at step {self.step}")
+        self.releases = self.policy.releases(self.recipe.released_steps())
+        """Steps to release: those of the recipe without what roll-backs and steps left out have taken from it."""
         self.metrics = Journal(self.run / "metrics.jsonl", self.ranks.is_first, keep_until=self.step)
         self.backlog = Backlog(self.recipe, self.policy, self.metrics, self.events, self.log, self.progress)
         # CUDA trains on while the host reads and writes; where the host itself trains, nothing is won by it.
@@ -126,8 +129,8 @@ class Trainer:
         self.guard = StepGuard(training.guard, self.ranks.mean, self.ranks.world, self.device)
         self.policy = SpikePolicy(training.guard)
 
-    def _restore(self, found: Checkpoint) -> None:
-        """Load weights, optimiser and step."""
+    def _restore(self, found: Checkpoint, rewind: bool = False) -> None:
+        """Load weights, optimiser and step; with ``rewind``, roll-backs since are remembered."""
         if found.state["rows"] != self.rows.fingerprint:
             raise UserError(
                 f"{self.run}: data, tokenizer or row seed changed since step {found.step}; start a new --out"
@@ -137,12 +140,11 @@ class Trainer:
             self.optimizer.load_state_dict(found.optimizer)
             if "guard" in found.state:
                 self.guard.restore(found.state["guard"])
-                self.policy.restore(found.state["policy"])
+                (self.policy.rewind if rewind else self.policy.restore)(found.state["policy"])
         except (RuntimeError, ValueError) as error:
             first = str(error).strip().splitlines()[-1].strip()
             raise UserError(f"{self.checkpoints.path(found.step)} does not fit this recipe: {first}") from error
         self.step = found.step
-        self.log(f"resumed at step {self.step}")
 
     # ---- steps ----------------------------------------------------------------------------------------------------
 
@@ -151,8 +153,8 @@ class Trainer:
 
         Raises:
             TrainingStopped: after SIGTERM or SIGINT on any rank, once the step was saved; on every rank.
-            UserError: as for ``start``; loss or gradient stayed non-finite or spikes came back (no such step is
-                applied), the weights of the ranks came to differ, or the disk is full.
+            UserError: as for ``start``; loss or gradient stayed non-finite (no such step is applied), a weight became
+                so (no such weight is saved), the weights of the ranks came to differ, or the disk is full.
         """
         if not self.started:
             self.start()
@@ -168,34 +170,49 @@ class Trainer:
 
     def _train(self, at_release: Callable[[int], None]) -> None:
         """All steps that are left, with the comparisons, checkpoints and releases that fall due between them."""
-        training, released = self.recipe.training, set(self.recipe.released_steps())
-        compare_every = training.guard.compare_ranks_every
-        if self.step in released:
+        compare_every = self.recipe.training.guard.compare_ranks_every
+        if self.step in self.releases:
             self._save_and_release(at_release)
-        while self.step < training.steps:
+        while self._goes_on():
             self._train_step()
             rolled_back = self._read(self.steps_in_flight)
-            due = self.step % training.checkpoint_every == 0 or self.step in released
             stop = self.ranks.any([self._stop])[0]
             # What is saved has been judged: nothing may be in flight then.
-            if rolled_back or ((due or stop) and self._read(0)):
+            if rolled_back or ((self._is_due() or stop) and self._read(0)):
                 continue
+            due = self._is_due()
             if due or stop or (compare_every and not self.step % compare_every):
-                self._compare_ranks()
+                require_equal(self.objective.shared(), self.step, self.ranks, self.events)
             if stop:
                 self._save()
                 self.checkpoints.wait()
                 self.events.write({"event": "stopped", "step": self.step})
                 raise TrainingStopped(self.step)
             if due:
-                self._save_and_release(at_release if self.step in released else None)
+                self._save_and_release(at_release if self.step in self.releases else None)
+
+    def _goes_on(self) -> bool:
+        """Move on to the next step that no roll-back passes over. False at the end of the run."""
+        steps = self.recipe.training.steps
+        step = self.policy.next_step(self.step)
+        while step >= steps:
+            decision = self.policy.judge_end(steps)
+            if decision is None or not self._set_back(decision):
+                if not self.releases:  # not one step was applied
+                    self._give_up(0, None)
+                return False
+            step = self.policy.next_step(self.step)
+        self.step = step
+        return True
+
+    def _is_due(self) -> bool:
+        """Whether a checkpoint is. After a step that was not finite none is but for a release: it may be to blame."""
+        periodic = self.step % self.recipe.training.checkpoint_every == 0 and not self.policy.failed(self.step - 1)
+        return periodic or self.step in self.releases
 
     def _train_step(self) -> None:
-        """Launch a step, to be read later. Steps that a roll-back passes over are only counted."""
+        """Launch a step, to be read later."""
         began = time.perf_counter()
-        if self.policy.passes_over(self.step):
-            self.step += 1
-            return
         losses = self._backward()
         keep = self.guard.check(losses.mean(), self.optimizer.gradients())
         schedule = self.schedule
@@ -225,58 +242,72 @@ class Trainer:
 
     def _read(self, in_flight: int) -> bool:
         """Take in all but the last steps in flight. True when that led back to a checkpoint."""
-        setback = self.backlog.read(in_flight)
-        if setback is None:
-            return False
+        while (decision := self.backlog.read(in_flight)) is not None:
+            if self._set_back(decision):
+                return True
+        self._update_releases()
+        return False
+
+    def _set_back(self, decision: Decision) -> bool:
+        """Roll back, or end the run. False without a checkpoint to roll back to: steps go on being left out then."""
         self.checkpoints.wait()
-        decision = setback.decision
-        found = self.checkpoints.load_latest(decision.before) if decision.action == "roll_back" else None
+        span = decision.pass_over
+        found = self.checkpoints.load_latest(span[0]) if span else None
+        found = found or self.checkpoints.load_latest(decision.first - 1)
+        if span is None:
+            self._give_up(decision.first, found)
         if found is None:
-            self._give_up(setback)
-        self.events.write({**decision.event, "to": found.step})
-        self._roll_back(found)
+            self.events.write({**decision.event, "event": "no checkpoint to roll back to"})
+            return False
+        span = max(span[0], found.step), span[1]
+        self.events.write({**decision.event, "pass_over": list(span), "to": found.step})
+        self.log(f"rolled back to step {found.step}; steps {span[0]} to {span[1]} are passed over")
+        self._go_back(found)
+        self.policy.pass_over(*span)
+        self._update_releases()
+        self._save()  # a kill does not forget the roll-back
         return True
 
-    def _give_up(self, setback: Setback) -> NoReturn:
-        first = setback.first
-        if setback.observation.verdict == "non-finite":
-            self.events.write({"event": "non-finite loss", "step": first})
-            raise UserError(
-                f"loss or gradient is not finite at step {first}: nothing since was applied, and no checkpoint helps; "
-                "lower the learning rates and --resume from the last checkpoint"
-            )
-        self.events.write({"event": "stop after repeated spikes", "step": first})
+    def _give_up(self, first: int, found: Checkpoint | None) -> NoReturn:
+        """End a run in which nothing is finite any more, so that ``--resume`` starts from what was."""
+        self.events.write({"event": "non-finite loss", "step": first})
+        way = "--resume: the run starts again"
+        if found is not None:
+            self._go_back(found)
+            self.policy.begin_again(found.step)
+            self._save()
+            self.checkpoints.wait()
+            way = f"--resume: the run goes on from step {found.step}"
+        elif self.ranks.on_first(self.checkpoints.steps):
+            way = "start again in another --out: every checkpoint here may be to blame"
         raise UserError(
-            f"loss or gradient norm spikes at step {first}, after {len(self.policy.ranges)} roll-backs; "
-            "lower the learning rates and --resume from the last checkpoint"
+            f"loss or gradient is not finite at step {first}, nor at any step since: none of them was applied; "
+            f"lower the learning rates (--training.optimizer.matrix-lr and the others) and {way}"
         )
 
-    def _roll_back(self, found: Checkpoint) -> None:
-        """Go on from an earlier checkpoint; what was trained since is forgotten."""
+    def _go_back(self, found: Checkpoint) -> None:
+        """Stand where an earlier checkpoint stands; what was trained since is forgotten."""
         self.backlog.clear()
         self.optimizer.zero_grad()
-        self._restore(found)
+        self._restore(found, rewind=True)
         self.metrics.drop_after(self.step)
         self.checkpoints.delete(step for step in self.checkpoints.steps() if step > self.step)
 
-    # ---- between steps --------------------------------------------------------------------------------------------
+    def _update_releases(self) -> None:
+        """Take from the releases what was passed over or holds the weights of another one, and say so."""
+        releases = self.policy.releases(self.recipe.released_steps())
+        for step in sorted(set(self.releases) - set(releases)):
+            passed = self.policy.passes_over(step - 1)
+            reason = "a roll-back passed over it" if passed else "no step since the release before it was applied"
+            self.log(f"step {step} is not released: {reason}")
+            self.events.write({"event": "release left out", "step": step, "reason": reason})
+        self.releases = releases
 
-    def _compare_ranks(self) -> None:
-        """Raises UserError when the replicas of the weights are not the same on all ranks, bit for bit."""
-        if self.ranks.world == 1:
-            return
-        shared = self.objective.shared()
-        divergence = find_divergence(self.ranks.on_all(lambda: hash_parameters(shared.items())))
-        if divergence is not None:
-            self.events.write({"event": "ranks differ", "step": self.step, "found": str(divergence)})
-            raise UserError(
-                f"{divergence} at step {self.step}: a device or link computes wrongly; "
-                "check it and --resume from the last checkpoint"
-            )
+    # ---- between steps --------------------------------------------------------------------------------------------
 
     def _save_and_release(self, at_release: Callable[[int], None] | None) -> None:
         self._save()
-        if at_release is not None:
+        if at_release is not None and not self.policy.failed(self.step - 1):
             self.checkpoints.wait()
             self.model.eval()  # type: ignore[no-untyped-call]  # transformers'
             self.ranks.on_first(lambda: at_release(self.step))
@@ -286,9 +317,10 @@ class Trainer:
         dtype = str(self.compute_dtype).removeprefix("torch.")
         state = {"rows": self.rows.fingerprint, "compute_dtype": dtype, "ranks": self.ranks.world}
         state |= {"guard": self.guard.state(), "policy": self.policy.state()}
-        checkpoint = Checkpoint(self.step, self.optimizer.weights(), self.optimizer.state_dict(), state)
-        self.checkpoints.save(checkpoint, self.background)
-        self.checkpoints.prune(self.recipe.training.keep_checkpoints, self.recipe.released_steps())
+        weights, optimizer = self.optimizer.weights(), self.optimizer.state_dict()
+        require_finite({**weights, **optimizer}, self.step, self.ranks, self.events, self.checkpoints)
+        self.checkpoints.save(Checkpoint(self.step, weights, optimizer, state), self.background)
+        self.checkpoints.prune(self.recipe.training.keep_checkpoints, self.releases)
 
     def _on_damage(self, line: str) -> None:
         self.log(line)

@@ -1,5 +1,6 @@
 """A run that is killed and resumed equals an uninterrupted one bit for bit."""
 
+import dataclasses
 import json
 import random
 import signal
@@ -12,11 +13,12 @@ from safetensors.torch import load_file
 
 from cognica_poe import pipeline
 from cognica_poe.errors import UserError
+from cognica_poe.recipe.named import RECIPES
 from cognica_poe.training.build import build_model
 from cognica_poe.training.checkpoint import CheckpointFolder
 from cognica_poe.training.objective import Objective
 from cognica_poe.training.trainer import Trainer
-from tests.runs import small_recipe, write_texts
+from tests.runs import small_recipe, with_training, write_texts
 
 STEPS = 24
 
@@ -117,8 +119,46 @@ def test_a_run_is_not_overwritten_or_mixed(fresh, texts):
     Trainer(recipe, run, pipeline.open_rows(run, recipe)).train()
     with pytest.raises(UserError, match="already holds"):
         Trainer(recipe, run, pipeline.open_rows(run, recipe)).start()
-    with pytest.raises(UserError, match="another recipe"):
-        pipeline.prepare(small_recipe(texts, steps=99), run, lambda line: None, resume=True)
+    with pytest.raises(UserError, match=r"another recipe \(small-test\): training.batch-rows differ"):
+        pipeline.prepare(small_recipe(texts, batch_rows=8, steps=3), run, lambda line: None, resume=True)
+
+
+def test_a_run_that_is_extended_equals_one_of_that_length(fresh):
+    """Where the schedule does not look at the length: no warm-down, no weight decay. Recomputing changes nothing."""
+    tiny = RECIPES["tiny"].training
+    same = {
+        "schedule": dataclasses.replace(tiny.schedule, warmup_steps=2, warmdown_ratio=0.0),
+        "optimizer": dataclasses.replace(tiny.optimizer, weight_decay=0.0),
+    }
+    recipe, whole = fresh("whole", **same)
+    Trainer(recipe, whole, pipeline.open_rows(whole, recipe)).train()
+    short, run = fresh("run", steps=10, **same)
+    Trainer(short, run, pipeline.open_rows(run, short)).train()
+    longer = with_training(recipe, recompute=True)
+    pipeline.prepare(longer, run, lambda line: None, resume=True)
+    assert pipeline.read_recipe(run) == longer
+    Trainer(longer, run, pipeline.open_rows(run, longer), resume=True).train()
+    assert_equal_runs(whole, run)
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    (changed,) = [event for event in events if event["event"] == "recipe changed"]
+    assert changed["step"] == 10 and changed["changes"] == {
+        "training.steps": {"before": 10, "after": STEPS},
+        "training.recompute": {"before": False, "after": True},
+    }
+
+
+def test_rates_change_from_there_on(fresh):
+    """Muon's normalisation, off at first, has no state to take up."""
+    recipe, run = fresh(
+        "run", steps=6, optimizer=dataclasses.replace(RECIPES["tiny"].training.optimizer, muon_beta2=1.0)
+    )
+    Trainer(recipe, run, pipeline.open_rows(run, recipe)).train()
+    on = dataclasses.replace(recipe.training.optimizer, muon_beta2=0.9, matrix_lr=0.01)
+    changed = with_training(recipe, steps=9, optimizer=on)
+    pipeline.prepare(changed, run, lambda line: None, resume=True)
+    Trainer(changed, run, pipeline.open_rows(run, changed), resume=True).train()
+    state = load_file(run / "checkpoints" / "step-9" / "optimizer.safetensors")
+    assert any(name.endswith("second_moment") for name in state)
 
 
 def test_a_trainer_that_was_not_started_has_touched_nothing(fresh):
@@ -148,7 +188,7 @@ def test_a_run_that_recomputes_activations_has_the_same_weights(fresh):
     assert all(torch.equal(value, runs[1][name]) for name, value in runs[0].items())
 
 
-def test_a_non_finite_loss_stops_before_the_update(fresh):
+def test_a_non_finite_weight_is_neither_trained_with_nor_saved(fresh):
     recipe, run = fresh("run")
     trainer = Trainer(recipe, run, pipeline.open_rows(run, recipe))
     trainer.start()
@@ -157,6 +197,7 @@ def test_a_non_finite_loss_stops_before_the_update(fresh):
     before = {name: p.clone() for name, p in trainer.model.named_parameters()}
     with pytest.raises(UserError, match="not finite at step 0"):
         trainer.train()
+    assert CheckpointFolder(run / "checkpoints").steps() == []
     for name, parameter in trainer.model.named_parameters():
         assert torch.equal(parameter, before[name]) or parameter.isnan().any()
     assert json.loads((run / "events.jsonl").read_text().splitlines()[-1])["event"] == "non-finite loss"

@@ -157,13 +157,12 @@ class MuonAdamW:
             descend(self.parameters[name], update[i], lr, decay)
 
     def _state(self, name: str) -> dict[str, torch.Tensor]:
-        if name not in self.muon_state:
-            parameter = self.parameters[name]
-            state = {"momentum": torch.zeros_like(parameter)}
-            if self.recipe.muon_beta2 < 1.0:
-                state["second_moment"] = parameter.new_zeros(second_moment_shape(*self.shapes[name]))
-            self.muon_state[name] = state
-        return self.muon_state[name]
+        parameter, state = self.parameters[name], self.muon_state.setdefault(name, {})
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(parameter)
+        if "second_moment" not in state and self.recipe.muon_beta2 < 1.0:  # a resumed run may turn it on
+            state["second_moment"] = parameter.new_zeros(second_moment_shape(*self.shapes[name]))
+        return state
 
     def zero_grad(self) -> None:
         """Drop all gradients."""
