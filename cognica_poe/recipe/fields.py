@@ -163,7 +163,6 @@ class TrainingRecipe:
     """One optimiser run."""
 
     steps: int = setting(83_923, low=1, resume=True)
-    """Length of the run, by which the schedule goes; a resumed run may be longer, or end sooner."""
     batch_rows: int = setting(384, low=1)
     """Rows of one optimiser step over all ranks."""
     micro_rows: int = setting(8, low=1, resume=True)
