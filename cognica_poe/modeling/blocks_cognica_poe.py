@@ -141,9 +141,7 @@ class Attention(nn.Module):
     def forward(self, n, rotary, mask, value_embedding=None, cache=None):
         """``n`` ``[B, T, D]`` normed input, ``value_embedding`` ``[B, T, G*h]`` or None; returns ``[B, T, D]``."""
         B, T, _ = n.shape
-        q = self.c_q(n).view(B, T, -1, self.head_dim)
-        k = self.c_k(n).view(B, T, -1, self.head_dim)
-        v = self.c_v(n).view(B, T, -1, self.head_dim)
+        q, k, v = (project(n).view(B, T, -1, self.head_dim) for project in (self.c_q, self.c_k, self.c_v))
         if value_embedding is not None:
             v = gate_values(v, self.ve_gate(n[..., : self.config.ve_gate_channels]), value_embedding)
         eps, scale = self.config.rms_norm_eps, self.config.qk_scale

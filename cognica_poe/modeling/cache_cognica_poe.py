@@ -13,15 +13,17 @@ embeddings are looked up by id; rolling back is then a matter of lengths alone.
 from __future__ import annotations
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, DynamicLayer
+
+from .configuration_cognica_poe import check
 
 
-class CognicaCacheLayer(CacheLayerMixin):
-    """Keys and values of one layer, ``[B, G, S, h]`` in the dtype of the first states written, S up to max_length."""
+class CognicaCacheLayer(DynamicLayer):
+    """Keys and values of one layer, ``[B, G, S, h]`` in the dtype of the first states written, S up to max_length.
 
-    is_compileable = False
-    is_croppable = True
-    is_sliding = False
+    Only the first ``length`` of the S slots count.
+    """
+
     keys: torch.Tensor  # from the first update on
     values: torch.Tensor
 
@@ -41,24 +43,19 @@ class CognicaCacheLayer(CacheLayerMixin):
         """Append ``[B, G, T, h]`` states and return views of everything so far, ``[B, G, length, h]``."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        end = self.length + key_states.shape[-2]
-        if end > self.max_length:
-            raise ValueError(f"the context is full: {end} tokens do not fit a cache of {self.max_length}")
-        if end > self.keys.shape[2]:
-            self._grow(end)
-        self.keys[:, :, self.length : end] = key_states
-        self.values[:, :, self.length : end] = value_states
-        self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        start, self.length = self.length, self.length + key_states.shape[-2]
+        if self.length > self.keys.shape[2]:
+            self.keys, self.values = (self._grown(old, start) for old in (self.keys, self.values))
+        self.keys[:, :, start : self.length] = key_states
+        self.values[:, :, start : self.length] = value_states
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
-    def _grow(self, needed: int) -> None:
+    def _grown(self, old: torch.Tensor, used: int) -> torch.Tensor:
         # Doubling copies every token at most twice; a whole context up front would be wasted on a single forward.
-        size = min(self.max_length, max(2 * self.keys.shape[2], -(-needed // 64) * 64))
-        for name in ("keys", "values"):
-            old = getattr(self, name)
-            new = old.new_empty(*old.shape[:2], size, old.shape[3])
-            new[:, :, : self.length] = old[:, :, : self.length]
-            setattr(self, name, new)
+        size = min(self.max_length, max(2 * old.shape[2], -(-self.length // 64) * 64))
+        new = old.new_empty(*old.shape[:2], size, old.shape[3])
+        new[:, :, :used] = old[:, :, :used]
+        return new
 
     def get_seq_length(self) -> int:
         return self.length
@@ -66,26 +63,13 @@ class CognicaCacheLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return self.max_length
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length + query_length, 0
-
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` tokens."""
-        if tokens_to_remove > 0:
-            raise ValueError(f"crop takes minus the number of tokens to forget, not {tokens_to_remove}")
+        check(tokens_to_remove <= 0, f"crop takes minus the number of tokens to forget, not {tokens_to_remove}")
         self.length = max(0, self.length + tokens_to_remove)
 
     def reset(self) -> None:
         self.length = 0
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.is_initialized:
-            self.keys = self.keys.repeat_interleave(repeats, dim=0)
-            self.values = self.values.repeat_interleave(repeats, dim=0)
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        if self.is_initialized:
-            self.keys, self.values = self.keys[indices], self.values[indices]
 
 
 class CognicaKVCache(Cache):
@@ -104,8 +88,7 @@ class CognicaKVCache(Cache):
     def record(self, ids: torch.Tensor, real: torch.Tensor | None) -> None:
         """Remember the ids ``[B, T]`` of the block about to run, and which of them are real (``None``: all)."""
         start, end = self.get_seq_length(), self.get_seq_length() + ids.shape[1]
-        if end > self.max_length:
-            raise ValueError(f"the context is full: {end} tokens do not fit a cache of {self.max_length}")
+        check(end <= self.max_length, f"the context is full: {end} tokens do not fit a cache of {self.max_length}")
         if not self.ids.numel():
             self.ids = ids.new_zeros(ids.shape[0], self.max_length)
             self.real = torch.zeros_like(self.ids, dtype=torch.bool)
@@ -119,21 +102,15 @@ class CognicaKVCache(Cache):
             return None
         return self.ids[:, length - 1 : length], self.real[:, length - 1 : length]
 
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        super().reorder_cache(beam_idx)
-        self._select(beam_idx)
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         super().batch_select_indices(indices)
-        self._select(indices)
+        if self.ids.numel():
+            self.ids, self.real = self.ids[indices], self.real[indices]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
         if self.ids.numel():
-            self.ids = self.ids.repeat_interleave(repeats, dim=0)
-            self.real = self.real.repeat_interleave(repeats, dim=0)
-
-    def _select(self, indices: torch.Tensor) -> None:
-        if self.ids.numel():
-            indices = indices.to(self.ids.device)
-            self.ids, self.real = self.ids[indices], self.real[indices]
+            self.ids, self.real = (t.repeat_interleave(repeats, dim=0) for t in (self.ids, self.real))

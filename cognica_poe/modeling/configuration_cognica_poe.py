@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 
 from transformers import PreTrainedConfig
 
@@ -24,102 +25,70 @@ class CognicaPoEConfig(PreTrainedConfig):
     model_type = "cognica_poe"
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - transformers' Trainer appends to a list
 
-    def __init__(
-        self,
-        vocab_size: int = 32768,
-        hidden_size: int = 2048,
-        intermediate_size: int = 12800,
-        num_hidden_layers: int = 32,
-        num_attention_heads: int = 16,
-        num_key_value_heads: int = 8,
-        head_dim: int = 128,
-        max_position_embeddings: int = 2048,
-        window_pattern: str = "SSSL",
-        short_window: int | None = None,
-        rope_theta: float = 100_000.0,
-        hidden_act: str = "relu_squared",
-        rms_norm_eps: float = 1e-6,
-        logit_softcap: float = 15.0,
-        qk_scale: float = 1.2,
-        ve_gate_channels: int = 12,
-        smear_channels: int = 24,
-        resid_lambda_init: tuple[float, float] = (1.15, 1.05),
-        x0_lambda_init: tuple[float, float] = (0.20, 0.05),
-        attention_in_fp32: bool = True,
-        poe_mode: str = "flat",
-        poe_alpha: float = 0.0,
-        poe_stage_layers: list[int] | None = None,
-        per_stage_head: bool = True,
-        poe_head_count: int | None = None,
-        poe_wand_p99_bounds_per_stage_head: list[float] | None = None,
-        use_cache: bool = True,
-        **kwargs,
-    ):
-        stages = list(poe_stage_layers) if poe_stage_layers is not None else [num_hidden_layers]
-        check(poe_mode in POE_MODES, f"poe_mode is {poe_mode!r}; choose one of {', '.join(POE_MODES)}")
-        check(
-            all(count > 0 for count in stages) and sum(stages) == num_hidden_layers,
-            f"poe_stage_layers {stages} must be positive and sum to num_hidden_layers = {num_hidden_layers}",
-        )
-        check(
-            num_attention_heads % num_key_value_heads == 0,
-            f"num_attention_heads {num_attention_heads} is not a multiple of num_key_value_heads {num_key_value_heads}",
-        )
-        check(head_dim % 2 == 0, f"head_dim {head_dim} must be even (rotary halves)")
-        check(
-            bool(window_pattern) and set(window_pattern) <= {"S", "L"},
-            f"window_pattern {window_pattern!r} may hold only S (short) and L (long)",
-        )
-        check(hidden_act == "relu_squared", f"hidden_act {hidden_act!r} is not supported; use relu_squared")
-        check(
-            hidden_size >= max(ve_gate_channels, smear_channels),
-            f"hidden_size {hidden_size} is below the gate channels ({ve_gate_channels}, {smear_channels})",
-        )
-        check(
-            poe_head_count in (None, len(stages)),
-            f"poe_head_count {poe_head_count} differs from the {len(stages)} stages of poe_stage_layers",
-        )
-        bounds = poe_wand_p99_bounds_per_stage_head
-        check(
-            bounds is None or len(bounds) == len(stages) - 1,
-            f"poe_wand_p99_bounds_per_stage_head needs {len(stages) - 1} bounds, one per transition between stages",
-        )
-        self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
-        self.intermediate_size = intermediate_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.num_key_value_heads = num_key_value_heads
-        self.head_dim = head_dim
-        self.max_position_embeddings = max_position_embeddings
-        self.window_pattern = window_pattern
-        self.short_window = short_window or math.ceil(max_position_embeddings / 4 / 128) * 128
-        self.rope_theta = rope_theta
-        self.hidden_act = hidden_act
-        self.rms_norm_eps = rms_norm_eps
-        self.logit_softcap = logit_softcap
-        self.qk_scale = qk_scale
-        self.ve_gate_channels = ve_gate_channels
-        self.smear_channels = smear_channels
-        self.resid_lambda_init = list(resid_lambda_init)
-        self.x0_lambda_init = list(x0_lambda_init)
-        self.attention_in_fp32 = attention_in_fp32
-        self.poe_mode = poe_mode
-        self.poe_alpha = poe_alpha
-        self.poe_stage_layers = stages
-        self.per_stage_head = per_stage_head
-        self.poe_head_count = len(stages)
-        self.poe_wand_p99_bounds_per_stage_head = list(bounds) if bounds is not None else None
-        self.use_cache = use_cache
+    vocab_size: int = 32768
+    hidden_size: int = 2048
+    intermediate_size: int = 12800
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 16
+    num_key_value_heads: int = 8
+    head_dim: int = 128
+    max_position_embeddings: int = 2048
+    window_pattern: str = "SSSL"
+    short_window: int = 0  # 0 becomes a quarter of the context, in whole 128s
+    rope_theta: float = 100_000.0
+    hidden_act: str = "relu_squared"
+    rms_norm_eps: float = 1e-6
+    logit_softcap: float = 15.0
+    qk_scale: float = 1.2
+    ve_gate_channels: int = 12
+    smear_channels: int = 24
+    resid_lambda_init: Sequence[float] = (1.15, 1.05)
+    x0_lambda_init: Sequence[float] = (0.20, 0.05)
+    attention_in_fp32: bool = True
+    poe_mode: str = "flat"
+    poe_alpha: float = 0.0
+    poe_stage_layers: list[int] = None  # type: ignore[assignment]  # None becomes one stage of all layers
+    per_stage_head: bool = True
+    poe_head_count: int = None  # type: ignore[assignment]  # None becomes the number of stages
+    poe_wand_p99_bounds_per_stage_head: list[float] | None = None
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        stages, bounds = self.poe_stage_layers, self.poe_wand_p99_bounds_per_stage_head
+        self.poe_stage_layers = [self.num_hidden_layers] if stages is None else list(stages)
+        self.poe_wand_p99_bounds_per_stage_head = None if bounds is None else list(bounds)
+        self._check_fields()
+        self.poe_head_count = self.num_stages
+        self.resid_lambda_init, self.x0_lambda_init = list(self.resid_lambda_init), list(self.x0_lambda_init)
+        self.short_window = self.short_window or math.ceil(self.max_position_embeddings / 4 / 128) * 128
         # What the mask helpers of transformers read: a query sees itself and short_window tokens before it.
         self.sliding_window = self.short_window + 1
-        pattern = [window_pattern[i % len(window_pattern)] for i in range(num_hidden_layers)]
+        pattern = [self.window_pattern[i % len(self.window_pattern)] for i in range(self.num_hidden_layers)]
         pattern[-1] = "L"  # the last layer always sees everything
         self.layer_types = ["sliding_attention" if kind == "S" else "full_attention" for kind in pattern]
-        for derived in ("sliding_window", "layer_types"):
-            kwargs.pop(derived, None)
-        kwargs.setdefault("tie_word_embeddings", False)
-        super().__init__(**kwargs)
+        derived = ("sliding_window", "layer_types")  # stand in a saved configuration
+        super().__post_init__(**{name: value for name, value in kwargs.items() if name not in derived})
+
+    def _check_fields(self) -> None:
+        stages, layers, bounds = self.poe_stage_layers, self.num_hidden_layers, self.poe_wand_p99_bounds_per_stage_head
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        check(self.poe_mode in POE_MODES, f"poe_mode is {self.poe_mode!r}; choose one of {', '.join(POE_MODES)}")
+        fits = all(count > 0 for count in stages) and sum(stages) == layers
+        check(fits, f"poe_stage_layers {stages} must be positive and sum to num_hidden_layers = {layers}")
+        check(heads % groups == 0, f"num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}")
+        check(self.head_dim % 2 == 0, f"head_dim {self.head_dim} must be even (rotary halves)")
+        fits = bool(self.window_pattern) and set(self.window_pattern) <= {"S", "L"}
+        check(fits, f"window_pattern {self.window_pattern!r} may hold only S (short) and L (long)")
+        fits = self.hidden_act == "relu_squared"
+        check(fits, f"hidden_act {self.hidden_act!r} is not supported; use relu_squared")
+        channels = (self.ve_gate_channels, self.smear_channels)
+        fits = self.hidden_size >= max(channels)
+        check(fits, f"hidden_size {self.hidden_size} is below the gate channels {channels}")
+        fits, count = self.poe_head_count in (None, len(stages)), len(stages)
+        check(fits, f"poe_head_count {self.poe_head_count} differs from the {count} stages of poe_stage_layers")
+        fits, count = bounds is None or len(bounds) == len(stages) - 1, len(stages) - 1
+        check(fits, f"poe_wand_p99_bounds_per_stage_head needs {count} bounds, one per transition between stages")
 
     @property
     def num_stages(self) -> int:

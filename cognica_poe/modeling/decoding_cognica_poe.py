@@ -5,9 +5,10 @@ Common keyword arguments of all modes: ``attention_mask`` (left padding), ``max_
 ``logits_processor``, ``seed``, ``stop_strings`` with ``tokenizer``, ``stopping_criteria``, ``streamer``; they are
 described at :meth:`GenerationRequest.build`.
 
-All modes take prompts ``[B, T]`` and return ``[B, T + new]`` int64; rows that end early are filled with the pad id. A
-model of one stage runs every mode, each being the full model; a model with ``poe_mode = "none"`` has untrained stage
-heads and answers through ``generate()`` alone.
+All modes take prompts ``input_ids`` ``[B, T]`` and return ``[B, T + new]`` int64; rows that end early are filled with
+the pad id. All raise ValueError for a wrong request and for stages, weights, bounds or drafters that do not exist or
+fit. A model of one stage runs every mode, each being the full model; a model with ``poe_mode = "none"`` has untrained
+stage heads and answers through ``generate()`` alone.
 """
 
 from __future__ import annotations
@@ -68,10 +69,9 @@ class PoEDecodingMixin(GenerationMixin):
         Raises:
             ValueError: a width below 1, or no compiler to compile with.
         """
-        if width is not None and width < 1:
-            raise ValueError(f"width is {width}; a decode step has at least 1 lane")
-        if compile and self.lm_head.weight.device.type == "cpu" and not has_compiler():
-            raise ValueError("compile=True needs a C++ compiler (g++ or clang++): install one, or leave it out")
+        check(width is None or width >= 1, f"width is {width}; a decode step has at least 1 lane")
+        works = not compile or self.lm_head.weight.device.type != "cpu" or has_compiler()
+        check(works, "compile=True needs a C++ compiler (g++ or clang++): install one, or leave it out")
         Engines.attached(self).configure(width, compile)
 
     def decoding_seconds_compiled(self) -> float:
@@ -107,11 +107,7 @@ class PoEDecodingMixin(GenerationMixin):
 
     @torch.no_grad()
     def generate_prefix(self, input_ids: torch.Tensor, max_stages: int | None = None, **options) -> torch.Tensor:
-        """Pool of the first ``max_stages`` stages; deeper layers are never run. All stages when None.
-
-        Raises:
-            ValueError: no such stage, or a wrong request (see :meth:`GenerationRequest.build`).
-        """
+        """Pool of the first ``max_stages`` stages; deeper layers are never run. All stages when None."""
         max_stages = self.config.num_stages if max_stages is None else max_stages
         self._check_trained([max_stages - 1], "max_stages", max_stages)
         request = GenerationRequest.build(self, input_ids, **options)
@@ -119,11 +115,7 @@ class PoEDecodingMixin(GenerationMixin):
 
     @torch.no_grad()
     def generate_stage(self, input_ids: torch.Tensor, stage: int, **options) -> torch.Tensor:
-        """One stage with its own head, counted from 0; deeper layers are never run.
-
-        Raises:
-            ValueError: no such stage, or a wrong request.
-        """
+        """One stage with its own head, counted from 0; deeper layers are never run."""
         self._check_trained([stage])
         request = GenerationRequest.build(self, input_ids, **options)
         return decode_pool(self, request, [stage], None, 0.0).finish()
@@ -142,16 +134,12 @@ class PoEDecodingMixin(GenerationMixin):
         Margins are those of the pooled log-probabilities of the first k stages.
 
         Args:
-            input_ids: prompts ``[B, T]``.
             safety: factor on the bounds; larger means fewer exits.
             p99_bounds: K-1 bounds, one per transition between stages; the config's when None.
             return_stages_used: also return how many stages each new token used.
 
         Returns:
             ids ``[B, T + new]``; with ``return_stages_used`` also int64 ``[B, new]`` in 1..K, 0 after a row's end.
-
-        Raises:
-            ValueError: bounds that are missing or do not fit, or a wrong request.
         """
         self._check_trained([0])
         bounds = self._wand_bounds(p99_bounds, safety)
@@ -176,7 +164,6 @@ class PoEDecodingMixin(GenerationMixin):
         Greedy output is that of plain decoding, sampled output follows exactly its distribution, whatever drafts.
 
         Args:
-            input_ids: prompts ``[B, T]``.
             draft_stage: deepest stage that drafts.
             k_draft: drafts per round at most.
             return_acceptance: also return what the drafts were worth.
@@ -184,15 +171,11 @@ class PoEDecodingMixin(GenerationMixin):
                 this machine at the first call and takes the fastest, or none where speculation does not pay; it then
                 chooses ``k_draft`` as well.
             draft_confidence: a row stops drafting with the first token whose draft probability is below this.
-            **options: see the module.
 
         Returns:
             ids ``[B, T + new]``; with ``return_acceptance`` also a dict with ``proposed`` and ``accepted`` drafts,
             their quotient ``acceptance`` (0 when nothing was proposed) and the number of verification ``rounds``,
             summed over rows.
-
-        Raises:
-            ValueError: no such stage or drafter, ``k_draft`` below 1, or a wrong request.
         """
         self._check_trained([draft_stage], "draft_stage")
         check(is_int(k_draft) and k_draft >= 1, f"k_draft is {k_draft}; draft at least 1 token")
@@ -215,14 +198,9 @@ class PoEDecodingMixin(GenerationMixin):
         """Pool of chosen stages: ``sum_k w_k log p_k``, renormalised.
 
         Args:
-            input_ids: prompts ``[B, T]``.
             stages: stages counted from 0, each at most once; layers above the deepest are never run.
             stage_weights: one non-negative weight per stage, taken as given; uniform (with the model's
                 ``poe_alpha``, as the full pool) when None.
-            **options: see the module.
-
-        Raises:
-            ValueError: no such stage, weights that do not fit, or a wrong request.
         """
         stages = list(stages)
         self._check_trained(stages, "stages", stages)
@@ -253,11 +231,8 @@ class PoEDecodingMixin(GenerationMixin):
         K = self.config.num_stages
         bounds = self.config.poe_wand_p99_bounds_per_stage_head if bounds is None else bounds
         if bounds is None:
-            check(
-                K in (1, 4),
-                f"no WAND bounds for {K} stages: pass p99_bounds with {K - 1} values, or calibrate the model so "
-                "that its config has poe_wand_p99_bounds_per_stage_head",
-            )
+            how = f"pass p99_bounds with {K - 1} values, or calibrate the model so that its config has "
+            check(K in (1, 4), f"no WAND bounds for {K} stages: {how}poe_wand_p99_bounds_per_stage_head")
             bounds = self.POE_WAND_P99_BOUNDS_PER_STAGE_HEAD if K == 4 else ()
         bounds = [float(bound) for bound in bounds]
         fits = len(bounds) == K - 1 and all(bound >= 0 for bound in bounds)
@@ -269,14 +244,13 @@ class PoEDecodingMixin(GenerationMixin):
 def _run_mode(model, mode: str, options: dict, inputs: torch.Tensor | None, config, kwargs: dict) -> torch.Tensor:
     """Answer a call of ``generate()``: ``options`` are the mode's own, ``kwargs`` the call's, which beat ``config``."""
     check(mode in MODES, f"poe_mode {mode!r} does not exist; choose one of {', '.join(MODES)}")
-    kwargs = dict(kwargs)
     ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
     if ids is None:
         raise ValueError("generate() needs input_ids: [batch, tokens]")
     given = {name: kwargs.pop(name, getattr(config, name, None)) for name in (*SHARED, *SAMPLING, *UNSUPPORTED)}
     max_length = kwargs.pop("max_length", None)
     passed = {name: kwargs.pop(name) for name in PASSED if kwargs.get(name) is not None}
-    unknown = [name for name, value in kwargs.items() if value is not None and name not in (*IGNORED, *PASSED)]
+    unknown = [name for name, value in kwargs.items() if value is not None and name not in IGNORED]
     unknown += [name for name, nothing in UNSUPPORTED.items() if given.pop(name) not in (nothing, None)]
     check(not unknown, f"poe_mode {mode!r} does not know {', '.join(unknown)}; leave it out, or poe_mode itself")
     if given["max_new_tokens"] is None:

@@ -9,11 +9,11 @@ lookup      n-grams of the text so far, checked by the first stages in blocks: t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
+from torch import nn
 
 from .engine_cognica_poe import Engines
 from .loops_cognica_poe import fill_cache
@@ -29,12 +29,9 @@ DRAFTERS = ("stage", "int8", "int4", "lookup")
 class Drafts:
     """What a drafter proposes in one round."""
 
-    tokens: torch.Tensor
-    """``[B, k]`` int64; a row's drafts come first, the rest is padding."""
-    drawn_from: torch.Tensor | None
-    """Distributions ``[B, k, V]`` that drew the tokens; None when greedy."""
-    counts: list[int]
-    """Drafts of every row."""
+    tokens: torch.Tensor  # [B, k] int64; a row's drafts come first, the rest is padding
+    drawn_from: torch.Tensor | None  # distributions [B, k, V] that drew the tokens; None when greedy
+    counts: list[int]  # drafts of every row
 
 
 class Drafter(Protocol):
@@ -54,9 +51,9 @@ def make_drafter(name: str, model, cache: StageCache, transcript: Transcript, st
     """A drafter by name for one generation over ``cache``."""
     if name == "lookup":
         return LookupDrafter(cache, transcript, stage, confidence)
-    if name == "stage":
-        return StageDrafter(cache, cache, transcript, stage, confidence)
-    own = fill_cache(Engines.attached(model).get(model, name, stage + 1), transcript.request)
+    own = cache
+    if name != "stage":
+        own = fill_cache(Engines.attached(model).get(model, name, stage + 1), transcript.request)
     return StageDrafter(own, cache, transcript, stage, confidence)
 
 
@@ -88,17 +85,14 @@ class StageDrafter:
             scores = own.logits(self.stage, own.last_known())
             tokens, probabilities, sure = draw(self.transcript, scores, drafts, counts, self.confidence)
             drafts = torch.cat((drafts, tokens), dim=1)
-            drawn_from.append(probabilities)
+            drawn_from += [] if probabilities is None else [probabilities]
             own.append(tokens, going)
             if own is not self.cache:
                 self.cache.append(tokens, going)
             counts = [count + part for count, part in zip(counts, going, strict=True)]
-            going = [
-                part and count < limit and stays[0]
-                for part, count, limit, stays in zip(going, counts, limits, sure, strict=True)
-            ]
-        sampled = [probabilities for probabilities in drawn_from if probabilities is not None]
-        return Drafts(drafts, torch.cat(sampled, dim=1) if sampled else None, counts)
+            states = zip(going, counts, limits, sure, strict=True)
+            going = [part and count < limit and stays for part, count, limit, (stays,) in states]
+        return Drafts(drafts, torch.cat(drawn_from, dim=1) if drawn_from else None, counts)
 
     def follow(self) -> None:
         """See :class:`Drafter`; a cache of its own learns what the verifying one knows."""
@@ -114,20 +108,13 @@ class StageDrafter:
 class LookupRow:
     """One row during a round of :class:`LookupDrafter`."""
 
-    limit: int
-    """Drafts at most."""
-    drafts: list[int] = field(default_factory=list)
-    """What the stage has drawn so far."""
-    drawn_from: list[torch.Tensor] = field(default_factory=list)
-    """Distributions ``[n, V]`` of the drafts, a piece per check; empty when greedy."""
-    going: bool = True
-    """Whether drafting goes on."""
-    guesses: list[int] = field(default_factory=list)
-    """Tokens to check, behind the drafts."""
-    confirmed: int = 0
-    """Leading guesses that the last check made drafts."""
-    own: int | None = None
-    """The draft behind them, where the stage drew another token than was guessed, or guesses were at their end."""
+    limit: int  # drafts at most
+    going: bool  # whether drafting goes on
+    drafts: list[int] = field(default_factory=list)  # what the stage has drawn so far
+    drawn_from: list[torch.Tensor] = field(default_factory=list)  # their distributions [n, V] per check, when sampling
+    guesses: list[int] = field(default_factory=list)  # tokens to check, behind the drafts
+    confirmed: int = 0  # leading guesses that the last check made drafts
+    own: int | None = None  # the draft behind these, drawn where a guess was wrong or none was left
 
     def take(self, drawn: list[int], probabilities: torch.Tensor | None, sure: list[bool]) -> None:
         """Turn what a check found into drafts.
@@ -137,17 +124,14 @@ class LookupRow:
             probabilities: the distributions ``[n, V]`` that it draws from; None when greedy.
             sure: whether drafting may go on behind each.
         """
-        self.confirmed, self.own = 0, None
-        if not self.going:
-            return
         # A token counts as long as everything before it is what the stage itself would have written.
         agreeing = next((i for i, guess in enumerate(self.guesses) if guess != drawn[i]), len(self.guesses))
-        count = min(agreeing + 1, self.limit - len(self.drafts))
+        count = min(agreeing + 1, self.limit - len(self.drafts)) if self.going else 0
         count = next((i + 1 for i in range(count) if not sure[i]), count)
         self.drafts += drawn[:count]
         if probabilities is not None:
             self.drawn_from.append(probabilities[:count])
-        self.going = len(self.drafts) < self.limit and sure[count - 1]
+        self.going = self.going and len(self.drafts) < self.limit and sure[count - 1]
         self.confirmed, self.own = min(count, agreeing), drawn[agreeing] if count > agreeing else None
 
 
@@ -179,7 +163,10 @@ class LookupDrafter:
             for number, row in enumerate(rows):
                 row.take(drawn[number], None if probabilities is None else probabilities[number], sure[number])
             self._settle(rows, known)
-        return self._collect(rows)
+        tokens = pad_rows([row.drafts for row in rows], 0).to(self.cache.ids.device)
+        pieces = [torch.cat(row.drawn_from) for row in rows if row.drawn_from]  # of all rows, or of none when greedy
+        drawn_from = nn.utils.rnn.pad_sequence(pieces, batch_first=True) if pieces else None
+        return Drafts(tokens, drawn_from, [len(row.drafts) for row in rows])
 
     def _guess(self, rows: list[LookupRow]) -> None:
         """Look up what may stand behind the drafts. Guesses fill the lanes of one step, which costs as much without."""
@@ -196,9 +183,8 @@ class LookupDrafter:
         cache.advance(0, self.stage, [row.going for row in rows])
         scores = cache.logits(self.stage, [count - 1 for count in known], width + 1)
         ahead = [row.drafts + row.guesses for row in rows]
-        tokens, probabilities, sure = draw(
-            self.transcript, scores, ahead, [len(row.drafts) for row in rows], self.confidence
-        )
+        first = [len(row.drafts) for row in rows]
+        tokens, probabilities, sure = draw(self.transcript, scores, ahead, first, self.confidence)
         return tokens.tolist(), probabilities, sure
 
     def _settle(self, rows: list[LookupRow], known: list[int]) -> None:
@@ -207,18 +193,6 @@ class LookupDrafter:
         cache.truncate([count + row.confirmed for count, row in zip(known, rows, strict=True)])
         tokens = torch.tensor([[row.own or 0] for row in rows], device=cache.ids.device)
         cache.append(tokens, [row.own is not None for row in rows])
-
-    def _collect(self, rows: list[LookupRow]) -> Drafts:
-        tokens = pad_rows([row.drafts for row in rows], 0).to(self.cache.ids.device)
-        counts = [len(row.drafts) for row in rows]
-        some = next((row.drawn_from[0] for row in rows if row.drawn_from), None)
-        if some is None:
-            return Drafts(tokens, None, counts)
-        drawn_from = some.new_zeros(*tokens.shape, some.shape[-1])
-        for number, row in enumerate(rows):
-            if row.drawn_from:
-                drawn_from[number, : counts[number]] = torch.cat(row.drawn_from)
-        return Drafts(tokens, drawn_from, counts)
 
     def follow(self) -> None:
         """See :class:`Drafter`; n-grams learn the tokens that were added to the answer."""
@@ -247,13 +221,11 @@ class NgramText:
     def guess(self, ahead: list[int], limit: int) -> list[int]:
         """At most ``limit`` tokens to follow the text and ``ahead``: what followed the longest known n-gram."""
         text = self.tokens[-self.LONGEST :] + ahead
-        for n in range(min(self.LONGEST, len(text)), 0, -1):
-            start = self.after.get(tuple(text[len(text) - n :]))
-            if start is not None:
-                break
-        else:
-            return []
+        grams = (tuple(text[len(text) - n :]) for n in range(min(self.LONGEST, len(text)), 0, -1))
+        start = next((self.after[gram] for gram in grams if gram in self.after), None)
         guess: list[int] = []
+        if start is None:
+            return guess
         for place in range(start, start + limit):
             beyond = place - len(self.tokens)
             # Behind its own end the text goes on with what is being guessed: a loop is followed round and round.
@@ -262,11 +234,7 @@ class NgramText:
 
 
 def draw(
-    transcript: Transcript,
-    scores: torch.Tensor,
-    ahead: torch.Tensor | Sequence[list[int]],
-    first: list[int],
-    confidence: float,
+    transcript: Transcript, scores: torch.Tensor, ahead: torch.Tensor | list, first: list[int], confidence: float
 ) -> tuple[torch.Tensor, torch.Tensor | None, list[list[bool]]]:
     """Draw a draft at every lane.
 

@@ -32,7 +32,7 @@ from .blocks_cognica_poe import (
     visible_slots,
 )
 from .graphs_cognica_poe import Graphs
-from .linears_cognica_poe import LINEARS
+from .linears_cognica_poe import LINEARS, kept
 from .sampling_cognica_poe import combine
 from .weights_cognica_poe import digest, identity, plain_weights, stage_of
 
@@ -57,11 +57,6 @@ def natural_width(model) -> int:
 class DecodeLayer(nn.Module):
     """One layer with its three attention projections as a single product, over slots instead of a whole text."""
 
-    resid_lambda: torch.Tensor
-    x0_lambda: torch.Tensor
-    value_embedding: torch.Tensor | None
-    gate: torch.Tensor | None
-
     def __init__(self, model, index: int, linear):
         super().__init__()
         config, block = model.config, model.transformer.h[index]
@@ -70,12 +65,11 @@ class DecodeLayer(nn.Module):
         self.heads = config.num_attention_heads, config.num_key_value_heads
         self.config, self.head_dim, self.kind = config, config.head_dim, config.layer_types[index]
         self.c_qkv = linear(torch.cat([m.weight for m in (attention.c_q, attention.c_k, attention.c_v)]))
-        self.c_proj, self.c_fc, self.mlp_proj = (
-            linear(m.weight.detach()) for m in (attention.c_proj, block.mlp.c_fc, block.mlp.c_proj)
-        )
-        keep_tensors(self, resid_lambda=model.resid_lambdas[index], x0_lambda=model.x0_lambdas[index])
-        keep_tensors(self, value_embedding=model.value_embeds[str(index)].weight if embedded else None)
-        keep_tensors(self, gate=attention.ve_gate.weight if embedded else None)
+        others = (attention.c_proj, block.mlp.c_fc, block.mlp.c_proj)
+        self.c_proj, self.c_fc, self.mlp_proj = (linear(m.weight) for m in others)
+        self.resid_lambda, self.x0_lambda = kept(model.resid_lambdas[index]), kept(model.x0_lambdas[index])
+        self.value_embedding = kept(model.value_embeds[str(index)].weight) if embedded else None
+        self.gate = kept(attention.ve_gate.weight) if embedded else None
 
     def forward(self, x, x0, ids, rotary: Rotary, masks, rows, write, keys, values, span: int) -> torch.Tensor:
         """``x``, ``x0`` ``[B, W, D]`` to ``[B, W, D]``; ``keys`` and ``values`` ``[B, S, G, h]`` get the lanes' own."""
@@ -110,18 +104,14 @@ class DecodeLayer(nn.Module):
 class StageLayers(nn.Module):
     """The layers of one stage, from the states before them to the states behind them."""
 
-    wte: torch.Tensor
-    smear_gate: torch.Tensor
-    smear_lambda: torch.Tensor
-
     def __init__(self, model, stage: int, linear):
         super().__init__()
         self.config = model.config
         layers = self.config.stage_layers(stage)
         self.layers = nn.ModuleList([DecodeLayer(model, i, linear) for i in layers])
         self.kinds = {self.config.layer_types[i] for i in layers}
-        keep_tensors(self, wte=model.transformer.wte.weight)
-        keep_tensors(self, smear_gate=model.smear_gate.weight, smear_lambda=model.smear_lambda)
+        self.wte = kept(model.transformer.wte.weight)
+        self.smear_gate, self.smear_lambda = kept(model.smear_gate.weight), kept(model.smear_lambda)
 
     def forward(self, width: int, span: int, lanes, ids, behind, states, keys, values) -> None:
         """Run a block of ``width`` lanes and write what it computes into the cache.
@@ -167,7 +157,7 @@ class Heads(nn.Module):
     def __init__(self, model, count: int, linear):
         super().__init__()
         self.config = model.config
-        self.heads = nn.ModuleList([linear(model.head_weight(stage).detach()) for stage in range(count)])
+        self.heads = nn.ModuleList([linear(model.head_weight(stage)) for stage in range(count)])
 
     def forward(self, width: int, stages: Sequence[int], weights: Sequence[float] | None, alpha: float, lanes, *states):
         """Log-probabilities ``[B, W, V]`` of the product of experts at a block's lanes, see :func:`combine`.
@@ -180,13 +170,13 @@ class Heads(nn.Module):
             lanes: where the lanes stand, see the module.
             states: states ``[B, S, D]`` behind every stage.
         """
-        logits = [self._logits(stage, width, lanes, x) for stage, x in zip(stages, states, strict=True)]
+        logits = []
+        for stage, behind in zip(stages, states, strict=True):
+            slots, _ = find_lanes(lanes, width, behind.shape[1] - 1)
+            x = behind[torch.arange(behind.shape[0], device=behind.device)[:, None], slots]
+            z = self.heads[stage](rmsnorm(x, self.config.rms_norm_eps))
+            logits.append(softcap(z, self.config.logit_softcap))
         return logits[0] if weights is None else combine(logits, alpha, weights, normalise=False)
-
-    def _logits(self, stage: int, width: int, lanes, states: torch.Tensor) -> torch.Tensor:
-        slots, _ = find_lanes(lanes, width, states.shape[1] - 1)
-        x = states[torch.arange(states.shape[0], device=states.device)[:, None], slots]
-        return softcap(self.heads[stage](rmsnorm(x, self.config.rms_norm_eps)), self.config.logit_softcap)
 
 
 class Engine:
@@ -202,8 +192,7 @@ class Engine:
 
     def __init__(self, model, form: str = "dense", stages: int | None = None, width: int | None = None, compiled=False):
         self.config, self.dtype, self.device = model.config, model.dtype, model.device
-        self.width, self.form = width or natural_width(model), form
-        linear = LINEARS[form]
+        self.width, linear = width or natural_width(model), LINEARS[form]
         count = self.config.num_stages if stages is None else stages
         self.stages = [StageLayers(model, stage, linear) for stage in range(count)]
         self.heads = Heads(model, count, linear)
@@ -224,26 +213,18 @@ class Engine:
 
     def run_stage(self, stage: int, width: int, span: int, lanes, ids, behind, states, keys, values) -> None:
         """Run a block of lanes through a stage, see :class:`StageLayers`; only decode steps are compiled."""
-        is_step = width == self.width and span == ids.shape[1]
         tensors = (lanes, ids, behind, states, keys, values)
-        self._call(("stage", stage, *ids.shape), self.stages[stage], (width, span), tensors, is_step)
+        if self.graphs is None or (width, span) != (self.width, ids.shape[1]):
+            self.stages[stage](width, span, *tensors)
+        else:
+            self.graphs.call(("stage", stage, *ids.shape), self.stages[stage], (width, span), *tensors)
 
-    def logits(self, stage: int, lanes, states: torch.Tensor) -> torch.Tensor:
-        """Capped fp32 logits ``[B, W, V]`` of one stage at a block's lanes, from its states ``[B, S, D]``."""
-        fixed = (self.width, (stage,), None, 0.0)
-        return self._call(("head", stage, *states.shape), self.heads, fixed, (lanes, states))
-
-    def pool(self, stages: Sequence[int], lanes, states: Sequence[torch.Tensor], weights, alpha: float) -> torch.Tensor:
-        """Log-probabilities ``[B, W, V]`` of the product of ``stages`` at a block's lanes, in one pass."""
-        stages, weights = tuple(stages), tuple(weights or [1.0 / len(stages)] * len(stages))
-        key = ("pool", stages, weights, alpha, *states[0].shape)
-        return self._call(key, self.heads, (self.width, stages, weights, alpha), (lanes, *states))
-
-    def _call(self, key: tuple, module: nn.Module, fixed: tuple, tensors: tuple, is_step: bool = True):
-        """``module(*fixed, *tensors)``, or its graph; ``key`` tells function and shapes apart."""
-        if self.graphs is None or not is_step:
-            return module(*fixed, *tensors)
-        return self.graphs.call(key, module, fixed, *tensors)
+    def run_heads(self, stages: tuple[int, ...], weights: tuple[float, ...] | None, alpha: float, lanes, *states):
+        """Logits or pool ``[B, W, V]`` at a block's lanes in one pass, see :class:`Heads`."""
+        fixed = (self.width, stages, weights, alpha)
+        if self.graphs is None:
+            return self.heads(*fixed, lanes, *states)
+        return self.graphs.call(("heads", *fixed, *states[0].shape), self.heads, fixed, lanes, *states)
 
 
 class Engines:
@@ -265,9 +246,7 @@ class Engines:
     @classmethod
     def attached(cls, model) -> Engines:
         """The engines that hang on ``model``, whatever has become of its weights."""
-        if ENGINES not in vars(model):
-            setattr(model, ENGINES, cls())
-        return vars(model)[ENGINES]
+        return vars(model).setdefault(ENGINES, cls())
 
     @classmethod
     def of(cls, model) -> Engines:
@@ -279,17 +258,15 @@ class Engines:
             ValueError: the weights cannot be taken, see :func:`plain_weights`.
         """
         engines, weights = cls.attached(model), plain_weights(model)
-        now = identity(weights)
-        if engines.identity != now or engines._outdated(weights):
+        now, before = identity(weights), engines.digests
+        same = engines.identity == now
+        if same and before:
+            digests = torch.cat([digest(weights[name]) for name in before])
+            same = torch.equal(digests, torch.cat(list(before.values())))
+        if not same:
             engines._forget()
             engines.identity = now
         return engines
-
-    def _outdated(self, weights: dict[str, torch.Tensor]) -> bool:
-        if not self.digests:
-            return False
-        now = [digest(weights[name]) for name in self.digests]
-        return not torch.equal(torch.cat(now), torch.cat(list(self.digests.values())))
 
     def get(self, model, form: str = "dense", stages: int | None = None) -> Engine:
         """The engine of a form of the weights for the first ``stages`` stages."""
@@ -297,9 +274,8 @@ class Engines:
         if (form, stages) not in self.made:
             engine = self.made[form, stages] = Engine(model, form, stages, self.width, self.compiled)
             weights = plain_weights(model)
-            for name in engine.copied(weights):
-                if name not in self.digests:
-                    self.digests[name] = digest(weights[name])
+            new = [name for name in engine.copied(weights) if name not in self.digests]
+            self.digests |= {name: digest(weights[name]) for name in new}
         return self.made[form, stages]
 
     def configure(self, width: int | None, compiled: bool) -> None:
@@ -314,12 +290,6 @@ def find_lanes(lanes: torch.Tensor, width: int, spare: int) -> tuple[torch.Tenso
     places = torch.arange(width, device=lanes.device)
     slots = (lanes[0, :, None] + places).clamp(max=spare)
     return slots, torch.where(places < lanes[1, :, None], slots, spare)
-
-
-def keep_tensors(module: nn.Module, **tensors: torch.Tensor | None) -> None:
-    """Make tensors buffers of a module, so that a graph of it finds them."""
-    for name, tensor in tensors.items():
-        module.register_buffer(name, None if tensor is None else tensor.detach(), persistent=False)
 
 
 def _small_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

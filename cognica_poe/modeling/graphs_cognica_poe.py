@@ -64,16 +64,18 @@ class Graphs:
         return self._graphs[key](arguments)
 
     def _launched(self, module: _Fixed, arguments: tuple):
-        code = _own_code(cast(types.FunctionType, _Fixed.forward), f"graph_{len(self._graphs)}")
+        # Torch keeps its graphs per code object and takes the first whose guards hold. Here no guard is kept, so that a
+        # code object that two functions or shapes share would answer both with the graph of the first.
+        forward = cast(types.FunctionType, _Fixed.forward)
+        own = types.FunctionType(forward.__code__.replace(co_name=f"graph_{len(self._graphs)}"), forward.__globals__)
         options: dict[str, str | int | bool | Callable] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
         graph = torch.compile(
-            types.MethodType(code, module), dynamic=False, fullgraph=True, options=options | ON_ACCELERATOR
+            types.MethodType(own, module), dynamic=False, fullgraph=True, options=options | ON_ACCELERATOR
         )
         return lambda arguments: graph(*arguments)
 
     def _package(self, module: _Fixed, arguments: tuple):
-        path = cache_folder() / f"{_digest(module, arguments)}.pt2"
-        loader = None
+        path, loader = cache_folder() / f"{_digest(module, arguments)}.pt2", None
         if path.is_file():
             with contextlib.suppress(RuntimeError):  # damaged: it is made again
                 loader = _load(path)
@@ -100,16 +102,6 @@ class _Fixed(nn.Module):
     def forward(self, *arguments):
         out = self.module(*self.fixed, *arguments)
         return () if out is None else out
-
-
-def _own_code(function: types.FunctionType, name: str) -> types.FunctionType:
-    """``function`` once more, with a code object of its own.
-
-    Torch keeps its graphs per code object and takes the first whose guards hold. Here no guard is kept, so that a code
-    object that two functions or shapes share would answer both with the graph of the first.
-    """
-    code = function.__code__.replace(co_name=name)
-    return types.FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
 
 
 def has_compiler() -> bool:

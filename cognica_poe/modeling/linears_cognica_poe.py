@@ -21,13 +21,11 @@ class DenseLinear(nn.Module):
     ``torch.compile`` freezing does the same, so that the plain product stands in the graph.
     """
 
-    weight: torch.Tensor
-
     def __init__(self, weight: torch.Tensor):
         super().__init__()
-        self.register_buffer("weight", weight, persistent=False)
+        self.weight = kept(weight)
         packs = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and _multiplies_bfloat16()
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 8) if packs else None
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), 8) if packs else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., I]`` to ``[..., O]``."""
@@ -39,15 +37,11 @@ class DenseLinear(nn.Module):
 class Int8Linear(nn.Module):
     """8-bit weights with one scale per output row (symmetric, round to nearest)."""
 
-    weight: torch.Tensor
-    scale: torch.Tensor
-
     def __init__(self, weight: torch.Tensor):
         super().__init__()
         scale = weight.float().abs().amax(dim=1).clamp_min(1e-8) / 127
-        quantised = (weight.float() / scale[:, None]).round().to(torch.int8)
-        self.register_buffer("weight", quantised, persistent=False)
-        self.register_buffer("scale", scale.to(weight.dtype), persistent=False)
+        self.weight = kept((weight.float() / scale[:, None]).round().to(torch.int8))
+        self.scale = kept(scale.to(weight.dtype))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., I]`` to ``[..., O]``."""
@@ -64,9 +58,6 @@ class Int4Linear(nn.Module):
         ValueError: the inputs are no multiple of 32.
     """
 
-    weight: torch.Tensor
-    scale: torch.Tensor
-
     def __init__(self, weight: torch.Tensor):
         super().__init__()
         rows, columns = weight.shape
@@ -82,8 +73,7 @@ class Int4Linear(nn.Module):
         else:
             packed = (quantised[:, ::2] | quantised[:, 1::2] << 4).to(torch.uint8)
             scales = scale
-        self.register_buffer("weight", packed.contiguous(), persistent=False)
-        self.register_buffer("scale", scales.to(weight.dtype).contiguous(), persistent=False)
+        self.weight, self.scale = kept(packed.contiguous()), kept(scales.to(weight.dtype).contiguous())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., I]`` to ``[..., O]``."""
@@ -102,6 +92,11 @@ class Int4Linear(nn.Module):
 
 LINEARS = {"dense": DenseLinear, "int8": Int8Linear, "int4": Int4Linear}
 """Forms by name; all but ``dense`` are for drafting."""
+
+
+def kept(tensor: torch.Tensor) -> nn.Buffer:
+    """A tensor as a buffer of a module, where graphs look for it; no gradient reaches it."""
+    return nn.Buffer(tensor.detach(), persistent=False)
 
 
 def _multiplies_bfloat16() -> bool:

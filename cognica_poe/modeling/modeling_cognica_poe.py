@@ -20,14 +20,14 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .blocks_cognica_poe import Block, Rotary, Trunk, rmsnorm, rotary_factors, smear, softcap
 from .cache_cognica_poe import CognicaKVCache
-from .configuration_cognica_poe import CognicaPoEConfig
+from .configuration_cognica_poe import CognicaPoEConfig, check
 from .decoding_cognica_poe import PoEDecodingMixin
 from .engine_cognica_poe import ENGINES
 from .sampling_cognica_poe import combine
 
 
-class CognicaPoEPreTrainedModel(PreTrainedModel):
-    """Initialisation and capabilities shared with transformers."""
+class CognicaPoEForCausalLM(PreTrainedModel, PoEDecodingMixin, GenerationMixin):
+    """The model with its K heads. ``generate()`` samples the pool; the other modes are in ``PoEDecodingMixin``."""
 
     config: CognicaPoEConfig
     config_class = CognicaPoEConfig
@@ -37,46 +37,6 @@ class CognicaPoEPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        """nanochat's initialisation: every parameter set explicitly, smear and backout included."""
-        # All from the model itself: transformers skips submodules of custom code that own no parameter directly.
-        if not isinstance(module, CognicaPoEForCausalLM):
-            return
-        bound = math.sqrt(3.0 / self.config.hidden_size)
-        self._init_embeddings(module, bound)
-        for block in module.transformer.h:
-            assert isinstance(block, Block)
-            attention, mlp = block.attn, block.mlp
-            for matrix in (attention.c_q, attention.c_k, attention.c_v):
-                init.uniform_(matrix.weight, -bound, bound)
-            init.zeros_(attention.c_proj.weight)
-            if hasattr(attention, "ve_gate"):
-                init.uniform_(attention.ve_gate.weight, 0.0, 0.02)
-            init.uniform_(mlp.c_fc.weight, -0.4 * bound, 0.4 * bound)
-            init.zeros_(mlp.c_proj.weight)
-
-    def _init_embeddings(self, model: CognicaPoEForCausalLM, bound: float) -> None:
-        config = self.config
-        init.normal_(model.transformer.wte.weight, mean=0.0, std=0.8)
-        init.normal_(model.lm_head.weight, mean=0.0, std=0.001)
-        for head in model.lm_head_stages:
-            init.zeros_(cast(nn.Linear, head).weight)
-        for embedding in model.value_embeds.values():
-            init.uniform_(cast(nn.Embedding, embedding).weight, -bound, bound)
-        for parameter, (first, last) in (
-            (model.resid_lambdas, config.resid_lambda_init),
-            (model.x0_lambdas, config.x0_lambda_init),
-        ):
-            init.copy_(parameter, torch.linspace(first, last, config.num_hidden_layers))
-        init.uniform_(model.smear_gate.weight, 0.0, 0.02)
-        init.zeros_(model.smear_lambda)
-        init.constant_(model.backout_lambda, 0.2)
-
-
-class CognicaPoEForCausalLM(CognicaPoEPreTrainedModel, PoEDecodingMixin, GenerationMixin):
-    """The model with its K heads. ``generate()`` samples the pool; the other modes are in ``PoEDecodingMixin``."""
 
     def __init__(self, config: CognicaPoEConfig):
         super().__init__(config)
@@ -95,6 +55,36 @@ class CognicaPoEForCausalLM(CognicaPoEPreTrainedModel, PoEDecodingMixin, Generat
         self.smear_lambda = nn.Parameter(torch.empty(1))
         self.backout_lambda = nn.Parameter(torch.empty(1))
         self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """nanochat's initialisation: every parameter set explicitly, smear and backout included."""
+        # All from the model itself: transformers skips submodules of custom code that own no parameter directly.
+        if module is not self:
+            return
+        config, bound = self.config, math.sqrt(3.0 / self.config.hidden_size)
+        init.normal_(self.transformer.wte.weight, mean=0.0, std=0.8)
+        init.normal_(self.lm_head.weight, mean=0.0, std=0.001)
+        for head in self.lm_head_stages.parameters():
+            init.zeros_(head)
+        for embedding in self.value_embeds.parameters():
+            init.uniform_(embedding, -bound, bound)
+        lambdas = (self.resid_lambdas, config.resid_lambda_init), (self.x0_lambdas, config.x0_lambda_init)
+        for parameter, (first, last) in lambdas:
+            init.copy_(parameter, torch.linspace(first, last, config.num_hidden_layers))
+        init.uniform_(self.smear_gate.weight, 0.0, 0.02)
+        init.zeros_(self.smear_lambda)
+        init.constant_(self.backout_lambda, 0.2)
+        for block in self.transformer.h:
+            assert isinstance(block, Block)
+            attention, mlp = block.attn, block.mlp
+            for matrix in (attention.c_q, attention.c_k, attention.c_v):
+                init.uniform_(matrix.weight, -bound, bound)
+            init.zeros_(attention.c_proj.weight)
+            if hasattr(attention, "ve_gate"):
+                init.uniform_(attention.ve_gate.weight, 0.0, 0.02)
+            init.uniform_(mlp.c_fc.weight, -0.4 * bound, 0.4 * bound)
+            init.zeros_(mlp.c_proj.weight)
 
     def __getstate__(self) -> dict:
         """What a copy or a pickle gets: all but the weights arranged for decoding, which are this object's alone."""
@@ -198,13 +188,16 @@ class CognicaPoEForCausalLM(CognicaPoEPreTrainedModel, PoEDecodingMixin, Generat
     def check_ids(self, ids: torch.Tensor, past: int = 0) -> None:
         """Raise ValueError for ids outside the vocabulary or a text longer than the context."""
         limit = self.config.max_position_embeddings
-        if past + ids.shape[1] > limit:
-            raise ValueError(f"{past + ids.shape[1]} tokens are longer than the context of {limit}; shorten the prompt")
+        total = past + ids.shape[1]
+        check(total <= limit, f"{total} tokens are longer than the context of {limit}; shorten the prompt")
         if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
-            low, high = int(ids.min()), int(ids.max())
-            if low < 0 or high >= self.config.vocab_size:
-                bad = low if low < 0 else high
-                raise ValueError(f"token id {bad} is outside the vocabulary of {self.config.vocab_size} ids")
+            self.check_vocabulary(ids)
+
+    def check_vocabulary(self, ids: torch.Tensor) -> None:
+        """Raise ValueError for ids outside the vocabulary, at the cost of waiting for the device."""
+        low, high, vocab = int(ids.min()), int(ids.max()), self.config.vocab_size
+        bad = low if low < 0 else high
+        check(0 <= bad < vocab, f"token id {bad} is outside the vocabulary of {vocab} ids")
 
     def forward(
         self,
@@ -237,8 +230,7 @@ class CognicaPoEForCausalLM(CognicaPoEPreTrainedModel, PoEDecodingMixin, Generat
             assert middle is not None
             logits = self.plain_head(states[-1][:, keep], middle[:, keep])
         else:
-            heads = [self.stage_head(x[:, keep], k) for k, x in enumerate(states)]
-            logits = combine(heads, self.config.poe_alpha)
+            logits = self._pool([x[:, keep] for x in states])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -259,18 +251,18 @@ class CognicaPoEForCausalLM(CognicaPoEPreTrainedModel, PoEDecodingMixin, Generat
         """Log-probabilities ``[B, T, V]`` fp32 of the pool of the first ``max_stages`` stages."""
         max_stages = self.config.num_stages if max_stages is None else max_stages
         self.check_stages([max_stages - 1], "max_stages", max_stages)
-        states, _ = self.boundary_states(ids, max_stages=max_stages)
+        return self._pool(self.boundary_states(ids, max_stages=max_stages)[0])
+
+    def _pool(self, states: list[torch.Tensor]) -> torch.Tensor:
         return combine([self.stage_head(x, k) for k, x in enumerate(states)], self.config.poe_alpha)
 
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args
     ):
         # generate() would make a DynamicCache, which knows neither ids nor padding.
-        if max_cache_length > self.config.max_position_embeddings:
-            raise ValueError(
-                f"prompt and new tokens make {max_cache_length + 1} tokens, more than the context of "
-                f"{self.config.max_position_embeddings}; shorten the prompt or lower max_new_tokens"
-            )
+        limit = self.config.max_position_embeddings
+        much = f"prompt and new tokens make {max_cache_length + 1} tokens, more than the context of {limit}"
+        check(max_cache_length <= limit, f"{much}; shorten the prompt or lower max_new_tokens")
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = CognicaKVCache(self.config)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -25,26 +25,16 @@ from .sampling_cognica_poe import TokenChoice, exact_dtype, uniforms
 class GenerationRequest:
     """A checked request; build it with :meth:`build`."""
 
-    ids: torch.Tensor
-    """Prompt ids ``[B, T]`` int64 on the model's device, left padded."""
-    lengths: list[int]
-    """Real tokens of every row, without its padding."""
-    max_new_tokens: int
-    """Tokens to generate at most, per row."""
-    eos: frozenset[int]
-    """Ids that end a row."""
-    pad: int
-    """Id that fills a row after its end."""
-    choice: TokenChoice
-    """How tokens are chosen."""
-    uniforms: torch.Tensor | None
-    """``[B, max_new_tokens, 3]`` when sampling, see :func:`uniforms`."""
-    stopping: StoppingCriteriaList
-    """Further reasons to end a row, stop strings among them; empty for none."""
-    processors: LogitsProcessorList
-    """Change the scores of a token before it is chosen, given the text before it; empty for none."""
-    streamer: BaseStreamer | None = None
-    """Receives the prompt, then each new column ``[B]`` of ids, then ``end()``."""
+    ids: torch.Tensor  # prompt ids [B, T] int64 on the model's device, left padded
+    lengths: list[int]  # real tokens of every row, without its padding
+    max_new_tokens: int  # tokens to generate at most, per row
+    eos: frozenset[int]  # ids that end a row
+    pad: int  # id that fills a row after its end
+    choice: TokenChoice  # how tokens are chosen
+    uniforms: torch.Tensor | None  # [B, max_new_tokens, 3] when sampling, see uniforms()
+    stopping: StoppingCriteriaList  # further reasons to end a row, stop strings among them; empty for none
+    processors: LogitsProcessorList  # change the scores of a token before it is chosen; empty for none
+    streamer: BaseStreamer | None = None  # receives the prompt, then each new column [B] of ids, then end()
 
     @classmethod
     def build(
@@ -96,11 +86,10 @@ class GenerationRequest:
         lengths = _real_lengths(input_ids, attention_mask)
         check(is_int(max_new_tokens) and max_new_tokens >= 1, f"max_new_tokens is {max_new_tokens}; ask for at least 1")
         limit, total = model.config.max_position_embeddings, max(lengths) + max_new_tokens
-        check(
-            total <= limit,
-            f"{max(lengths)} prompt tokens and {max_new_tokens} new ones make {total}, more than the context "
-            f"of {limit}; shorten the prompt or lower max_new_tokens",
+        much = (
+            f"{max(lengths)} prompt tokens and {max_new_tokens} new ones make {total}, more than the context of {limit}"
         )
+        check(total <= limit, f"{much}; shorten the prompt or lower max_new_tokens")
         eos = _default(model, "eos_token_id") if eos_token_id is None else eos_token_id
         eos = [] if eos is None else [eos] if isinstance(eos, int) else [int(i) for i in eos]
         pad = _default(model, "pad_token_id") if pad_token_id is None else pad_token_id
@@ -136,20 +125,15 @@ class GenerationRequest:
         return bool(self.stopping(text[None], None)[0])
 
 
-@dataclass
 class Transcript:
     """New tokens of every row; it knows when a row has ended and feeds the streamer column by column."""
 
-    request: GenerationRequest
-    rows: list[list[int]] = field(init=False)
-    ended: list[bool] = field(init=False)
-    streamed: int = 0
-
-    def __post_init__(self):
-        batch = len(self.request.lengths)
-        self.rows, self.ended = [[] for _ in range(batch)], [False] * batch
-        if self.request.streamer is not None:
-            self.request.streamer.put(self.request.ids.cpu())
+    def __init__(self, request: GenerationRequest):
+        self.request, self.streamed = request, 0
+        self.rows: list[list[int]] = [[] for _ in request.lengths]
+        self.ended = [False] * len(request.lengths)
+        if request.streamer is not None:
+            request.streamer.put(request.ids.cpu())
 
     def extend(self, row: int, tokens: Sequence[int]) -> int:
         """Append ``tokens`` to an open row up to its end token or its limit; returns how many were kept."""
@@ -238,10 +222,7 @@ def _check_ids(model, ids: torch.Tensor) -> None:
     check(ids.ndim == 2, f"input_ids has shape {list(ids.shape)}; pass [batch, tokens]")
     check(ids.dtype in (torch.int64, torch.int32), f"input_ids has dtype {ids.dtype}; pass integer token ids")
     check(ids.numel() > 0, "the prompt is empty; pass at least one token, such as the BOS token")
-    low, high = int(ids.min()), int(ids.max())
-    vocab = model.config.vocab_size
-    bad = low if low < 0 else high
-    check(0 <= bad < vocab, f"token id {bad} is outside the vocabulary of {vocab} ids")
+    model.check_vocabulary(ids)
 
 
 def _real_lengths(ids: torch.Tensor, mask: torch.Tensor | None) -> list[int]:
@@ -249,10 +230,8 @@ def _real_lengths(ids: torch.Tensor, mask: torch.Tensor | None) -> list[int]:
         return [ids.shape[1]] * ids.shape[0]
     check(mask.shape == ids.shape, f"attention_mask {list(mask.shape)} does not fit input_ids {list(ids.shape)}")
     real = mask.cpu() != 0
-    check(
-        bool((real.int().diff(dim=1) >= 0).all()),
-        "attention_mask is not left padded: zeros first, then ones (tokenizer padding_side='left')",
-    )
+    left_padded = bool((real.int().diff(dim=1) >= 0).all())
+    check(left_padded, "attention_mask is not left padded: zeros first, then ones (tokenizer padding_side='left')")
     lengths = real.sum(dim=1).tolist()
     check(min(lengths) > 0, f"the prompt of row {lengths.index(min(lengths))} is empty; pass at least one token")
     return lengths
@@ -264,11 +243,10 @@ def _default(model, name: str):
 
 
 def _processors(penalty: float | None, processors) -> LogitsProcessorList:
-    found = LogitsProcessorList()
+    found = LogitsProcessorList(processors or [])
     if penalty is not None and penalty != 1.0:
         check(penalty > 0, f"repetition_penalty is {penalty}; it must be above 0")
-        found.append(RepetitionPenaltyLogitsProcessor(float(penalty)))
-    found.extend(processors or [])
+        found.insert(0, RepetitionPenaltyLogitsProcessor(float(penalty)))
     return found
 
 

@@ -66,14 +66,10 @@ def inverse_cdf(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 class TokenChoice:
     """How a token is taken from a distribution: the most probable one, or a draw after temperature and filters."""
 
-    do_sample: bool = False
-    """Draw instead of taking the most probable token (the lowest id among equals)."""
-    temperature: float = 1.0
-    """Divides the log-probabilities before the filters."""
-    top_k: int | None = None
-    """Keep the k most probable tokens and whatever ties with the last of them."""
-    top_p: float | None = None
-    """Keep the smallest set of most probable tokens that reaches this probability."""
+    do_sample: bool = False  # draw instead of taking the most probable token (the lowest id among equals)
+    temperature: float = 1.0  # divides the log-probabilities before the filters
+    top_k: int | None = None  # keep the k most probable tokens and whatever ties with the last of them
+    top_p: float | None = None  # keep the smallest set of most probable tokens that reaches this probability
 
     def probabilities(self, logprobs: torch.Tensor) -> torch.Tensor:
         """The distribution ``[..., V]`` that a draw follows: temperature, then top-k, then top-p, as transformers."""
@@ -96,13 +92,10 @@ class TokenChoice:
         return inverse_cdf(self.probabilities(logprobs), uniform)
 
 
-def agreeing_drafts(best: torch.Tensor, drafts: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """Greedy acceptance: how many leading ``drafts`` ``[B, k]`` equal the verifier's ``best`` ``[B, k+1]``; ``[B]``.
-
-    ``counts`` ``[B]`` is the number of real drafts of each row; the rest of a row is padding.
-    """
-    valid = torch.arange(drafts.shape[1], device=drafts.device) < counts[:, None]
-    return ((best[:, :-1] == drafts) & valid).cumprod(dim=1).sum(dim=1)
+def count_leading(holds: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """In how many leading places a test ``[B, k]`` of a row's drafts holds, ``[B]``; ``counts`` ``[B]`` are real."""
+    valid = torch.arange(holds.shape[1], device=holds.device) < counts[:, None]
+    return (holds & valid).cumprod(dim=1).sum(dim=1)
 
 
 def accept_or_resample(
@@ -132,8 +125,7 @@ def accept_or_resample(
     k = drafts.shape[1]
     at_draft = drafts.unsqueeze(-1)
     p, q = target[:, :k].gather(-1, at_draft).squeeze(-1), draft.gather(-1, at_draft).squeeze(-1)
-    valid = torch.arange(k, device=drafts.device) < counts[:, None]
-    kept = ((accept * q.to(accept.dtype) < p.to(accept.dtype)) & valid).cumprod(dim=1).sum(dim=1)
+    kept = count_leading(accept * q.to(accept.dtype) < p.to(accept.dtype), counts)
     rows = torch.arange(len(kept), device=kept.device)
     wanted = target[rows, kept]
     if k:

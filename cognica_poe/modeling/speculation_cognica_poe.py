@@ -21,7 +21,7 @@ from .drafting_cognica_poe import Drafts, make_drafter
 from .engine_cognica_poe import Engines
 from .loops_cognica_poe import decode_all, decode_token, prompt_cache
 from .request_cognica_poe import GenerationRequest, Transcript
-from .sampling_cognica_poe import ACCEPT, FINAL, accept_or_resample, agreeing_drafts
+from .sampling_cognica_poe import ACCEPT, FINAL, accept_or_resample, count_leading
 
 TRIAL_TOKENS = 48
 """New tokens of one trial."""
@@ -37,28 +37,13 @@ Verifier = Callable[[Transcript, torch.Tensor, Drafts], tuple[torch.Tensor, torc
 class DraftCounts:
     """What self-speculation did, summed over rows."""
 
-    proposed: int = 0
-    """Drafted tokens that were verified; those behind an accepted end of the text do not count."""
-    accepted: int = 0
-    """Drafted tokens that were kept."""
-    rounds: int = 0
-    """Verifications."""
+    proposed: int = 0  # drafted tokens that were verified; those behind an accepted end of the text do not count
+    accepted: int = 0  # drafted tokens that were kept
+    rounds: int = 0  # verifications
 
     def as_dict(self) -> dict:
         """With ``acceptance``, accepted / proposed, 0 when nothing was proposed."""
         return {"acceptance": self.accepted / self.proposed if self.proposed else 0.0, **dataclasses.asdict(self)}
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What the verifier made of one row's drafts."""
-
-    drafts: list[int]
-    """All that were proposed."""
-    kept: int
-    """How many of them stay, from the first on."""
-    behind: int | None
-    """The pool's token behind those; None where it did not see the last draft and kept them all."""
 
 
 def verify(transcript: Transcript, pool: torch.Tensor, drafts: Drafts) -> tuple[torch.Tensor, torch.Tensor]:
@@ -79,7 +64,7 @@ def verify(transcript: Transcript, pool: torch.Tensor, drafts: Drafts) -> tuple[
     final = transcript.uniforms(FINAL, [range(k + 1)] * rows)
     if final is None:
         best = pool.argmax(dim=-1)
-        kept = agreeing_drafts(best, drafts.tokens, counts)
+        kept = count_leading(best[:, :-1] == drafts.tokens, counts)
         return kept, best.gather(1, kept[:, None]).squeeze(1)
     if drafts.drawn_from is None:  # nobody drafted
         return torch.zeros_like(counts), choice.pick(pool[:, 0], final[:, 0])
@@ -122,7 +107,7 @@ def decode_speculative(
     proposer.follow()
     while not transcript.done:
         # The cache knows the answer so far; in open rows its last token has passed no stage.
-        rows, known, last = transcript.open_rows, list(cache.known), cache.last_known()
+        rows, known, last = transcript.open_rows, cache.known, cache.last_known()
         # No more is asked for than the row may still receive, with room for the pool's own token.
         drafts = proposer.draft([min(k_draft, max(transcript.remaining(row) - extra, 0)) for row in range(len(rows))])
         # It also knows the drafts, which the drafting stages have passed up to the last. Without ``extra`` that one
@@ -130,10 +115,9 @@ def decode_speculative(
         cache.advance(0 if extra else draft_stage + 1, stages[-1], rows)
         pool = cache.pool(stages, last, drafts.tokens.shape[1] + extra, None, alpha)
         kept, behind = verifier(transcript, pool if extra else torch.cat((pool, pool[:, -1:]), dim=1), drafts)
-        verdicts = _verdicts(kept, behind, drafts, blind=not extra)
-        grows = [_extend(transcript, row, v, counts) if rows[row] else False for row, v in enumerate(verdicts)]
+        numbers, grows = _write(transcript, kept, behind, drafts, not extra, counts)
         # Rejected drafts are forgotten, and the pool's own tokens made known where the row goes on: as at the start.
-        cache.truncate([length + verdict.kept for length, verdict in zip(known, verdicts, strict=True)])
+        cache.truncate([length + number for length, number in zip(known, numbers, strict=True)])
         cache.append(behind[:, None], grows)
         proposer.follow()
     return transcript, counts
@@ -171,21 +155,27 @@ def choose_drafter(
     return measured[key]
 
 
-def _verdicts(kept: torch.Tensor, behind: torch.Tensor, drafts: Drafts, blind: bool) -> list[Verdict]:
-    """A verifier's answer per row, in one copy to the host; a ``blind`` pool has no lane behind the last draft."""
+def _write(
+    transcript: Transcript, kept: torch.Tensor, behind: torch.Tensor, drafts: Drafts, blind: bool, counts: DraftCounts
+) -> tuple[list[int], list[bool]]:
+    """Write a verifier's answer, in one copy to the host, into the rows that have not ended, and count it.
+
+    A ``blind`` pool has no lane, and so no token of its own, behind a row's last draft.
+
+    Returns:
+        kept drafts of every row, and whether the pool's own token is known from now on.
+    """
     host = torch.cat((kept[:, None], behind[:, None], drafts.tokens), dim=1).tolist()
-    return [
-        Verdict(tokens[:count], accepted, None if blind and accepted == count else token)
-        for (accepted, token, *tokens), count in zip(host, drafts.counts, strict=True)
-    ]
-
-
-def _extend(transcript: Transcript, row: int, verdict: Verdict, counts: DraftCounts) -> bool:
-    """Write a verdict into the answer and count it; whether the pool's own token is known from now on."""
-    new = verdict.drafts[: verdict.kept] + ([] if verdict.behind is None else [verdict.behind])
-    written = transcript.extend(row, new)
-    counts.rounds += 1
-    counts.accepted += min(written, verdict.kept)
-    # Where the text ended within the kept drafts, those behind its end were never asked for.
-    counts.proposed += written if written <= verdict.kept else len(verdict.drafts)
-    return verdict.behind is not None and not transcript.ended[row]
+    grows = [False] * len(host)
+    for row, (number, token, *tokens) in enumerate(host):
+        if transcript.ended[row]:
+            continue
+        proposed = drafts.counts[row]
+        has_token = not blind or number < proposed
+        written = transcript.extend(row, tokens[:number] + [token] * has_token)
+        counts.rounds += 1
+        counts.accepted += min(written, number)
+        # Where the text ended within the kept drafts, those behind its end were never asked for.
+        counts.proposed += written if written <= number else proposed
+        grows[row] = has_token and not transcript.ended[row]
+    return [number for number, *_ in host], grows

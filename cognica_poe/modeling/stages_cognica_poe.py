@@ -19,7 +19,7 @@ fixed shape gives a token the same result wherever it stands, so that verifying 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -42,8 +42,7 @@ class StageCache:
         self.engine, self.config = engine, engine.config
         self.known = [len(prompt) for prompt in prompts]
         self.lengths = [[0] * len(prompts) for _ in engine.stages]
-        self.slots = slot_count(capacity + 1)
-        self.spare = self.slots - 1
+        self.slots = slot_count(capacity + 1)  # the last one is the spare
         self.ids = prompts[0].new_zeros(len(prompts), self.slots)
         for row, prompt in enumerate(prompts):
             self.ids[row, : len(prompt)] = prompt
@@ -61,7 +60,7 @@ class StageCache:
             start, count = self.known[0], int(counts[0])
             self.ids[0, start : start + count] = tokens[0, :count]
         else:
-            _, write = find_lanes(self._place(self.known, counts), tokens.shape[1], self.spare)
+            _, write = find_lanes(self._place(self.known, counts), tokens.shape[1], self.slots - 1)
             self.ids[self.rows, write] = tokens
         self.known = [known + count for known, count in zip(self.known, counts, strict=True)]
 
@@ -121,18 +120,18 @@ class StageCache:
 
     def logits(self, stage: int, starts: list[int], count: int = 1) -> torch.Tensor:
         """Capped logits ``[B, count, V]`` of one stage for the tokens from slot ``starts[r]`` on."""
-        return self._heads(starts, count, lambda lanes: self.engine.logits(stage, lanes, self.states[stage]))
+        return self._heads((stage,), starts, count, None, 0.0)
 
     def pool(self, stages: Sequence[int], starts: list[int], count: int, weights, alpha: float) -> torch.Tensor:
         """Log-probabilities ``[B, count, V]`` of the pool of ``stages`` for the tokens from slot ``starts[r]`` on."""
-        states = [self.states[stage] for stage in stages]
-        return self._heads(starts, count, lambda lanes: self.engine.pool(stages, lanes, states, weights, alpha))
+        weights = tuple(weights or [1.0 / len(stages)] * len(stages))
+        return self._heads(tuple(stages), starts, count, weights, alpha)
 
-    def _heads(self, starts: list[int], count: int, function: Callable) -> torch.Tensor:
-        width, pieces = self.engine.width, []
+    def _heads(self, stages: tuple[int, ...], starts: list[int], count: int, weights, alpha: float) -> torch.Tensor:
+        states, width, pieces = [self.states[stage] for stage in stages], self.engine.width, []
         for done in range(0, count, width):
-            now = [min(count - done, width)] * len(starts)
-            pieces.append(function(self._place([start + done for start in starts], now)))
+            lanes = self._place([start + done for start in starts], [min(count - done, width)] * len(starts))
+            pieces.append(self.engine.run_heads(stages, weights, alpha, lanes, *states))
         return torch.cat(pieces, dim=1)[:, :count] if len(pieces) > 1 else pieces[0][:, :count]
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -21,9 +20,6 @@ PLAIN = (nn.Linear, nn.Embedding, nn.ModuleDict, nn.ModuleList, Trunk, Block, At
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
-LANES_AT_ONCE = {"cpu": 2**16}
-"""Integers that a digest widens at a time: on a processor as many as its cache holds."""
-
 
 def plain_weights(model) -> dict[str, torch.Tensor]:
     """All weights that decoding takes, by name.
@@ -32,21 +28,17 @@ def plain_weights(model) -> dict[str, torch.Tensor]:
         ValueError: a module is none of the model's own (an unmerged adapter, a quantised or offloaded layer), has a
             hook or a bias, or its weight is no plain matrix; weights are on several devices or of several dtypes.
     """
-    weights = {}
-    for name, module in _modules(model):
-        fault = _fault(module)
-        if fault is None and isinstance(module, nn.Linear | nn.Embedding):
-            weights[f"{name}.weight"] = module.weight
-            fault = _weight_fault(module.weight)
-        _check(fault is None, f"{name} {fault}")
-    for name in ("resid_lambdas", "x0_lambdas", "smear_lambda"):
-        weights[name] = getattr(model, name)
-        fault = _weight_fault(weights[name])
-        _check(fault is None, f"{name} {fault}")
+    weights = {name: getattr(model, name) for name in ("resid_lambdas", "x0_lambdas", "smear_lambda")}
+    for root in ("lm_head", "lm_head_stages", "transformer", "value_embeds", "smear_gate"):
+        for name, module in getattr(model, root).named_modules(prefix=root):
+            _refuse(name, _module_fault(module))
+            if isinstance(module, nn.Linear | nn.Embedding):
+                weights[f"{name}.weight"] = module.weight
     first = model.lm_head.weight
     for name, weight in weights.items():
+        _refuse(name.removesuffix(".weight"), _weight_fault(weight))
         same = (weight.dtype, weight.device) == (first.dtype, first.device)
-        _check(same, f"{name} is {_kind(weight)}, lm_head.weight {_kind(first)}")
+        _refuse(name, None if same else f"is {_kind(weight)}, lm_head.weight {_kind(first)}")
     return weights
 
 
@@ -80,7 +72,7 @@ def digest(weight: torch.Tensor) -> torch.Tensor:
     count = lanes.shape[1]
     lines = next(n for n in range(max(int(count**0.5), 1), 0, -1) if count % n == 0)
     factors = _factors(lines + count // lines, weight.device)
-    step = max(LANES_AT_ONCE.get(weight.device.type, 2**24) // count, 1)
+    step = max((2**16 if weight.is_cpu else 2**24) // count, 1)  # a processor widens what its cache holds
     parts = []
     for part in lanes.split(step):
         grid = part.to(torch.int64).view(len(part), lines, -1)
@@ -89,12 +81,7 @@ def digest(weight: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def _modules(model) -> Iterator[tuple[str, nn.Module]]:
-    for name in ("transformer", "value_embeds", "lm_head", "lm_head_stages", "smear_gate"):
-        yield from getattr(model, name).named_modules(prefix=name)
-
-
-def _fault(module: nn.Module) -> str | None:
+def _module_fault(module: nn.Module) -> str | None:
     """Why a module's results are not those of its weights alone."""
     if type(module) not in PLAIN:
         return f"is a {type(module).__name__}"
@@ -123,23 +110,21 @@ def _kind(weight: torch.Tensor) -> str:
     return f"{str(weight.dtype).removeprefix('torch.')} on {weight.device}"
 
 
-def _check(condition: bool, message: str) -> None:
-    if not condition:
+def _refuse(name: str, fault: str | None) -> None:
+    if fault is not None:
         raise ValueError(
-            f"{message}: the decoding modes need the model's own plain weights; merge an adapter (merge_and_unload()) "
-            "or load the model whole in one dtype on one device, or leave out poe_mode, for generate() itself works"
+            f"{name} {fault}: the decoding modes need the model's own plain weights; merge an adapter "
+            "(merge_and_unload()) or load the model whole in one dtype on one device, or leave out poe_mode, for "
+            "generate() itself works"
         )
 
 
 def _integers(weight: torch.Tensor) -> torch.Tensor:
-    """The bits of a tensor as integers ``[rows, n]``, of 32 bits where rows and storage allow."""
+    """The bits of a tensor as integers ``[rows, n]``, of 32 bits where rows and storage allow, else of 16."""
     weight = weight.detach().contiguous()
     weight = weight[None] if weight.ndim < 2 else weight.flatten(1)
-    row, start = weight.shape[1] * weight.element_size(), weight.storage_offset() * weight.element_size()
-    for dtype in (torch.int32, torch.int16):
-        if row % dtype.itemsize == 0 and start % dtype.itemsize == 0:
-            return weight.view(dtype)
-    raise ValueError(f"a row of {row} bytes is no weight")
+    bits = (weight.shape[1] * weight.element_size(), weight.storage_offset() * weight.element_size())
+    return weight.view(torch.int16 if any(count % 4 for count in bits) else torch.int32)
 
 
 @functools.cache

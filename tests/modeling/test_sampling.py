@@ -7,7 +7,7 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 from cognica_poe.modeling.sampling_cognica_poe import (
     TokenChoice,
     accept_or_resample,
-    agreeing_drafts,
+    count_leading,
     inverse_cdf,
     uniforms,
 )
@@ -65,7 +65,7 @@ def test_greedy_acceptance():
     best = torch.tensor([[4, 5, 6, 7], [4, 9, 6, 7], [9, 5, 6, 7], [4, 5, 6, 7], [4, 5, 6, 7]])
     drafts = torch.tensor([[4, 5, 6]]).expand(5, 3)
     counts = torch.tensor([3, 3, 3, 2, 0])
-    assert agreeing_drafts(best, drafts, counts).tolist() == [3, 1, 0, 2, 0]
+    assert count_leading(best[:, :-1] == drafts, counts).tolist() == [3, 1, 0, 2, 0]
 
 
 def test_acceptance_rule_on_chosen_numbers():
