@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
+import zlib
 
 import torch
 from torch import nn
@@ -62,19 +63,24 @@ def identity(weights: dict[str, torch.Tensor]) -> list[tuple]:
 
 @torch.no_grad()
 def digest(weight: torch.Tensor) -> torch.Tensor:
-    """Digest of a weight's bits, int64, one number per row.
+    """Digest of a weight's bits, int64: on a processor their CRC-32, elsewhere :func:`grid_digest`."""
+    if not weight.is_cpu:
+        return grid_digest(weight)
+    return torch.tensor([zlib.crc32(weight.detach().contiguous().flatten().view(torch.uint8).numpy().data)])
 
-    The bits of a row, as 32-bit integers in a grid, are summed exactly along the grid's lines and along its columns;
-    the sums are weighted with fixed random numbers modulo 2^64. A changed integer changes two sums. Only changes that
-    cancel within a row along all lines and all columns at once go unseen, and others with a chance of about 2^-27.
+
+def grid_digest(weight: torch.Tensor) -> torch.Tensor:
+    """Digest int64, one number per row, of sums that any device takes.
+
+    A row's bits, as 32-bit integers in a grid, are summed exactly along its lines and columns, and these with fixed
+    random weights modulo 2^64: unseen are changes that cancel along all lines and columns, others by a chance of 2^-27.
     """
     lanes = _integers(weight)
     count = lanes.shape[1]
     lines = next(n for n in range(max(int(count**0.5), 1), 0, -1) if count % n == 0)
     factors = _factors(lines + count // lines, weight.device)
-    step = max((2**16 if weight.is_cpu else 2**24) // count, 1)  # a processor widens what its cache holds
     parts = []
-    for part in lanes.split(step):
+    for part in lanes.split(max(2**24 // count, 1)):
         grid = part.to(torch.int64).view(len(part), lines, -1)
         sums = torch.cat((grid.sum(dim=2), grid.sum(dim=1)), dim=1)
         parts.append((sums * factors).sum(dim=1))

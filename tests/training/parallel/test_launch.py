@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from cognica_poe.cli import main as cli
 from cognica_poe.recipe.rules import check
