@@ -23,8 +23,6 @@ from .configuration_cognica_poe import CognicaPoEConfig
 Function = Callable[[Tensor], Tensor]
 Rotary = tuple[Tensor, Tensor]
 
-# ---- functions ----------------------------------------------------------------------------------------------------
-
 
 def rmsnorm(x: Tensor, eps: float) -> Tensor:
     """Parameter-free RMSNorm over the last dimension."""
@@ -102,9 +100,6 @@ def run_layer(
 def softcap(z: Tensor, cap: float) -> Tensor:
     """``cap * tanh(z / cap)`` of logits, in fp32 (fp64 stays)."""
     return cap * torch.tanh(z.to(torch.promote_types(z.dtype, torch.float32)) / cap)
-
-
-# ---- modules ------------------------------------------------------------------------------------------------------
 
 
 def eager_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):

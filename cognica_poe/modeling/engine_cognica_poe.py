@@ -109,11 +109,11 @@ class StageLayers(nn.Module):
         self.config = model.config
         layers = self.config.stage_layers(stage)
         self.layers = nn.ModuleList([DecodeLayer(model, i, linear) for i in layers])
-        self.kinds = {self.config.layer_types[i] for i in layers}
+        self.kinds = set(self.config.layer_types)
         self.wte = kept(model.transformer.wte.weight)
         self.smear_gate, self.smear_lambda = kept(model.smear_gate.weight), kept(model.smear_lambda)
 
-    def forward(self, width: int, span: int, lanes, ids, behind, states, keys, values) -> None:
+    def forward(self, width: int, span: int, lanes, ids, behind, states, keys, values, seen=None) -> None:
         """Run a block of ``width`` lanes and write what it computes into the cache.
 
         Args:
@@ -124,17 +124,22 @@ class StageLayers(nn.Module):
             behind: states ``[B, S, D]`` behind the stage before; None for stage 0, which starts from the embeddings.
             states: states ``[B, S, D]`` behind this stage; the lanes' own are written.
             keys, values: one buffer ``[B, S, G, h]`` per layer of the stage; the lanes' own are written.
+            seen: what :meth:`look` of any stage found for this block.
         """
+        rows, slots, write, tokens, x0, rotary, masks = seen or self.look(width, span, lanes, ids)
+        x = x0 if behind is None else behind[rows, slots]
+        for layer, k, v in zip(self.layers, keys, values, strict=True):
+            x = layer(x, x0, tokens, rotary, masks, rows, write, k, v, span)
+        states[rows, write] = x
+
+    def look(self, width: int, span: int, lanes, ids) -> tuple:
+        """What is the same for all stages of a block: rows, slots, where to write, ids, ``x0``, rotary, masks."""
         config, (slots, write) = self.config, find_lanes(lanes, width, ids.shape[1] - 1)
         rows = torch.arange(ids.shape[0], device=ids.device)[:, None]
         tokens, before = ids[rows, slots], ids[rows, (slots - 1).clamp(min=0)]
         x0 = self._embed(tokens, before, slots)
-        x = x0 if behind is None else behind[rows, slots]
-        rotary = rotary_factors(slots, config.head_dim, config.rope_theta, x.dtype, heads_dim=2)
-        masks = self._masks(slots, span, x.dtype)
-        for layer, k, v in zip(self.layers, keys, values, strict=True):
-            x = layer(x, x0, tokens, rotary, masks, rows, write, k, v, span)
-        states[rows, write] = x
+        rotary = rotary_factors(slots, config.head_dim, config.rope_theta, x0.dtype, heads_dim=2)
+        return rows, slots, write, tokens, x0, rotary, self._masks(slots, span, x0.dtype)
 
     def _embed(self, ids, before, slots) -> torch.Tensor:
         eps = self.config.rms_norm_eps
@@ -197,6 +202,7 @@ class Engine:
         self.stages = [StageLayers(model, stage, linear) for stage in range(count)]
         self.heads = Heads(model, count, linear)
         self.graphs = Graphs(self.device) if compiled else None
+        self.seen_of, self.seen = None, None
 
     def copied(self, weights: dict[str, torch.Tensor]) -> list[str]:
         """Names of the weights that this engine holds in a form of its own: it does not see them change.
@@ -214,8 +220,12 @@ class Engine:
     def run_stage(self, stage: int, width: int, span: int, lanes, ids, behind, states, keys, values) -> None:
         """Run a block of lanes through a stage, see :class:`StageLayers`; only decode steps are compiled."""
         tensors = (lanes, ids, behind, states, keys, values)
-        if self.graphs is None or (width, span) != (self.width, ids.shape[1]):
+        if (width, span) != (self.width, ids.shape[1]):
             self.stages[stage](width, span, *tensors)
+        elif self.graphs is None:
+            if self.seen_of is not lanes:  # which are made anew when tokens have changed
+                self.seen_of, self.seen = lanes, self.stages[0].look(width, span, lanes, ids)
+            self.stages[stage](width, span, *tensors, self.seen)
         else:
             self.graphs.call(("stage", stage, *ids.shape), self.stages[stage], (width, span), *tensors)
 

@@ -96,8 +96,6 @@ class CognicaPoEForCausalLM(PreTrainedModel, PoEDecodingMixin, GenerationMixin):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.transformer.wte = cast(nn.Embedding, value)
 
-    # ---- parts of a forward pass ----------------------------------------------------------------------------------
-
     def embed(self, ids: torch.Tensor, real: torch.Tensor | None = None, previous=None) -> torch.Tensor:
         """Normed and smeared token embeddings ``x0`` ``[B, T, D]``.
 
@@ -153,8 +151,6 @@ class CognicaPoEForCausalLM(PreTrainedModel, PoEDecodingMixin, GenerationMixin):
         """Capped logits of the plain path: last layer minus the backout of layer L//2, shared head only."""
         x = x - self.backout_lambda * middle
         return softcap(self.lm_head(rmsnorm(x, self.config.rms_norm_eps)), self.config.logit_softcap)
-
-    # ---- whole passes ---------------------------------------------------------------------------------------------
 
     def boundary_states(
         self, ids: torch.Tensor, attention_mask=None, position_ids=None, cache=None, max_stages: int | None = None

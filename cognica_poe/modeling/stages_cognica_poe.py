@@ -52,8 +52,6 @@ class StageCache:
         self.keys: list[list[torch.Tensor]] = []
         self.values: list[list[torch.Tensor]] = []
 
-    # ---- tokens ---------------------------------------------------------------------------------------------------
-
     def append(self, tokens: torch.Tensor, counts: Sequence[int]) -> None:
         """Make the first ``counts[r]`` of ``tokens`` ``[B, n]`` known in row r; they are then pending at stage 0."""
         if len(counts) == 1:  # a slice costs a tenth of an index
@@ -62,6 +60,7 @@ class StageCache:
         else:
             _, write = find_lanes(self._place(self.known, counts), tokens.shape[1], self.slots - 1)
             self.ids[self.rows, write] = tokens
+        self._lanes_of = None  # what was found at these places no longer holds
         self.known = [known + count for known, count in zip(self.known, counts, strict=True)]
 
     def truncate(self, known: list[int]) -> None:
@@ -72,8 +71,6 @@ class StageCache:
     def last_known(self) -> list[int]:
         """Slot of the last known token of every row."""
         return [known - 1 for known in self.known]
-
-    # ---- stages ---------------------------------------------------------------------------------------------------
 
     def advance(self, first: int, last: int, rows: list[bool]) -> None:
         """Run stages ``first`` to ``last`` on everything that is pending there, in the rows that take part.
@@ -115,8 +112,6 @@ class StageCache:
             values = [starts, [int(count) for count in counts]]
             self._lanes_of, self._lanes = key, torch.tensor(values, device=self.ids.device)
         return self._lanes
-
-    # ---- heads ----------------------------------------------------------------------------------------------------
 
     def logits(self, stage: int, starts: list[int], count: int = 1) -> torch.Tensor:
         """Capped logits ``[B, count, V]`` of one stage for the tokens from slot ``starts[r]`` on."""
