@@ -202,7 +202,8 @@ class Engine:
         self.stages = [StageLayers(model, stage, linear) for stage in range(count)]
         self.heads = Heads(model, count, linear)
         self.graphs = Graphs(self.device) if compiled else None
-        self.seen_of, self.seen = None, None
+        self.seen_of: torch.Tensor | None = None
+        self.seen: tuple | None = None
 
     def copied(self, weights: dict[str, torch.Tensor]) -> list[str]:
         """Names of the weights that this engine holds in a form of its own: it does not see them change.
