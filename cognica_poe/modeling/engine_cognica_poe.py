@@ -63,6 +63,7 @@ class DecodeLayer(nn.Module):
         attention, embedded = block.attn, model.config.has_value_embedding(index)
         # The shape is read once: every look at a configuration of transformers costs as much as a small operation.
         self.heads = config.num_attention_heads, config.num_key_value_heads
+        self.eps, self.qk_scale = config.rms_norm_eps, config.qk_scale
         self.config, self.head_dim, self.kind = config, config.head_dim, config.layer_types[index]
         self.c_qkv = linear(torch.cat([m.weight for m in (attention.c_q, attention.c_k, attention.c_v)]))
         others = (attention.c_proj, block.mlp.c_fc, block.mlp.c_proj)
@@ -79,7 +80,7 @@ class DecodeLayer(nn.Module):
             keys[rows, write], values[rows, write] = k.to(keys.dtype), v.to(values.dtype)
             return self.c_proj(self._attend(q, keys[:, :span], values[:, :span], masks[self.kind]))
 
-        eps, mlp = self.config.rms_norm_eps, functools.partial(feed_forward, c_fc=self.c_fc, c_proj=self.mlp_proj)
+        eps, mlp = self.eps, functools.partial(feed_forward, c_fc=self.c_fc, c_proj=self.mlp_proj)
         return run_layer(x, x0, self.resid_lambda, self.x0_lambda, eps, attention, mlp)
 
     def _project(self, n: torch.Tensor, ids: torch.Tensor, rotary: Rotary, eps: float) -> tuple[torch.Tensor, ...]:
@@ -89,7 +90,7 @@ class DecodeLayer(nn.Module):
         if gate is not None and value_embedding is not None:
             opened = _small_product(n[..., : gate.shape[1]], gate)
             v = gate_values(v, opened, F.embedding(ids, value_embedding))
-        q, k = place_heads(qk, rotary, eps, self.config.qk_scale).split((N, G), dim=2)
+        q, k = place_heads(qk, rotary, eps, self.qk_scale).split((N, G), dim=2)
         return q, k, v
 
     def _attend(self, q, keys, values, mask) -> torch.Tensor:
