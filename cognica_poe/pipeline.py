@@ -25,6 +25,7 @@ from cognica_poe.recipe.stored import save_recipe
 from cognica_poe.training.build import build_model
 from cognica_poe.training.checkpoint import CheckpointFolder
 from cognica_poe.training.journal import Journal
+from cognica_poe.training.precision import default_device
 
 Log = Callable[[str], None]
 
@@ -185,11 +186,14 @@ def publish_run(run: Path, recipe: Recipe, steps: Sequence[int], log: Log) -> No
 
 
 def checkpoint_model(run: Path, recipe: Recipe, step: int, log: Log = lambda line: None) -> Any:
-    """The model of a checkpoint, in evaluation mode. Raises UserError when the step is missing or damaged."""
+    """The model of a checkpoint, on this machine's device and in evaluation mode.
+
+    Raises UserError when the step is missing or damaged.
+    """
     checkpoint = CheckpointFolder(Path(run) / "checkpoints", log).load(step)
     model = build_model(recipe.model)
     model.load_state_dict(checkpoint.weights)
-    return model.eval()
+    return model.to(default_device()).eval()  # type: ignore[arg-type]  # transformers hides the signature
 
 
 def checkpoint_steps(run: Path, wanted: Sequence[int]) -> list[int]:

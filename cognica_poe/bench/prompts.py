@@ -13,7 +13,7 @@ from cognica_poe.recipe.named import RECIPES, find_recipe
 from cognica_poe.release.loading import load
 
 
-def find_model(name: str, dtype: torch.dtype, device: str) -> tuple[Any, Any | None]:
+def find_model(name: str, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any | None]:
     """Model and tokenizer of a release folder, or random weights of a recipe's shape and no tokenizer.
 
     Raises:

@@ -178,6 +178,7 @@ def bench_decode(
     from cognica_poe.bench import decoding
     from cognica_poe.bench.prompts import find_model, find_prompts
     from cognica_poe.bench.training import can_compile
+    from cognica_poe.training.precision import default_device
 
     sizes = {"prompts": prompts, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "batch": batch}
     _require_positive("bench decode", **sizes, rounds=rounds, k_draft=min(k_draft, default=0))
@@ -185,7 +186,7 @@ def bench_decode(
         raise UserError("bench decode: --compile needs a C++ compiler (g++ or clang++); install one")
     if threads is not None:
         torch.set_num_threads(threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device()
     model, tokenizer = find_model(checkpoint, getattr(torch, dtype), device)
     ids = find_prompts(tokenizer, model.config, text, prompts, prompt_tokens, batch, new_tokens, log)
     settings = decoding.Settings(

@@ -95,7 +95,7 @@ def test_a_recipe_is_measured_with_synthetic_drafts(capsys):
 )
 def test_unknown_checkpoints(name, message):
     with pytest.raises(UserError, match=message):
-        find_model(name, torch.float32, "cpu")
+        find_model(name, torch.float32, torch.device("cpu"))
 
 
 def test_prompts_that_do_not_fit():
