@@ -72,7 +72,13 @@ class Graphs:
         graph = torch.compile(
             types.MethodType(own, module), dynamic=False, fullgraph=True, options=options | ON_ACCELERATOR
         )
-        return lambda arguments: graph(*arguments)
+
+        def call(arguments):
+            out = graph(*arguments)
+            # A launched graph writes its next answer over this one, which a mode may still hold.
+            return out.clone() if isinstance(out, torch.Tensor) else out
+
+        return call
 
     def _package(self, module: _Fixed, arguments: tuple):
         path, loader = cache_folder() / f"{_digest(module, arguments)}.pt2", None
