@@ -138,7 +138,7 @@ def analyze_step(run: Path, recipe: Recipe, model: Any, step: int, log: Log) -> 
         previous=earlier[-1] if earlier else None,
         baseline=baseline(run, recipe, log),
         safety=recipe.release.wand_safety,
-        draft_length=recipe.release.draft_length,
+        k_draft=recipe.release.k_draft,
         log=log,
     )
     record.write(folder)

@@ -58,7 +58,7 @@ def analyze(
     safety: float = 1.0,
     prompts: int = 16,
     new_tokens: int = 32,
-    draft_length: int = 4,
+    k_draft: int = 4,
     probe_tokens: int = 48,
     head_documents: int = 0,
     log: Callable[[str], None] = lambda line: None,
@@ -75,7 +75,7 @@ def analyze(
         baseline: what ``xz_baseline`` returned for the texts of the same ``validation_slice``, or ``None``.
         seed: of the bootstrap.
         safety: of WAND.
-        prompts, new_tokens, draft_length: for speculative acceptance; stage 0 drafts.
+        prompts, new_tokens, k_draft: for speculative acceptance; stage 0 drafts.
         probe_tokens: length of the probe continuations.
         head_documents: measure the perturbations of the stage heads on this many documents (0: not at all); each
             takes ``K + 4`` passes.
@@ -98,7 +98,7 @@ def analyze(
     chosen = choose_prompts(tokenizer, part.texts, count=prompts, tokens=32)
     with one_thread():
         speculative = measure_acceptance(
-            model, chosen, new_tokens=new_tokens, draft_length=draft_length, seed=seed, log=log
+            model, chosen, new_tokens=new_tokens, k_draft=k_draft, seed=seed, log=log
         )
         probes = run_probes(model, tokenizer, new_tokens=probe_tokens, log=log)
     config = model.config

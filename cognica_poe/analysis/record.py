@@ -100,7 +100,7 @@ class Speculative(_Part):
     accepted: Count
     rounds: Count
     draft_stage: Count
-    draft_length: Annotated[int, Field(ge=1)]
+    k_draft: Annotated[int, Field(ge=1)]
     prompts: Count
     low: Share | None = None
     high: Share | None = None

@@ -35,7 +35,7 @@ class SpeculativeResult:
     accepted: int
     rounds: int
     draft_stage: int
-    draft_length: int
+    k_draft: int
     prompts: int
     new_tokens: int
 
@@ -59,7 +59,7 @@ def measure_acceptance(
     *,
     new_tokens: int = 32,
     draft_stage: int = 0,
-    draft_length: int = 4,
+    k_draft: int = 4,
     seed: int = 0,
     log: Callable[[str], None] = lambda line: None,
 ) -> SpeculativeResult:
@@ -69,7 +69,7 @@ def measure_acceptance(
     list of prompts: acceptance is then ``None``. With fewer than two prompts that proposed something the interval is
     ``None``.
     """
-    empty = SpeculativeResult(None, None, None, 0, 0, 0, draft_stage, draft_length, 0, new_tokens)
+    empty = SpeculativeResult(None, None, None, 0, 0, 0, draft_stage, k_draft, 0, new_tokens)
     if model.config.poe_mode == "none" or model.config.num_stages == 1 or not prompts:
         return empty
     device = next(model.parameters()).device
@@ -81,7 +81,7 @@ def measure_acceptance(
                 ids,
                 max_new_tokens=new_tokens,
                 draft_stage=draft_stage,
-                k_draft=draft_length,
+                k_draft=k_draft,
                 return_acceptance=True,
             )
             rows.append((counts["proposed"], counts["accepted"], counts["rounds"]))
@@ -101,7 +101,7 @@ def measure_acceptance(
         accepted=int(accepted.sum()),
         rounds=int(rounds.sum()),
         draft_stage=draft_stage,
-        draft_length=draft_length,
+        k_draft=k_draft,
         prompts=len(rows),
         new_tokens=new_tokens,
     )

@@ -172,8 +172,9 @@ class TrainingRecipe:
     """auto measures which of the two the processor multiplies faster; weights stay fp32."""
     compile: Literal["auto", "on", "off"] = setting("auto", resume=True)
     """torch.compile of each block; auto: on for CUDA, off elsewhere."""
-    attention: Literal["sdpa", "flex_attention"] = "sdpa"
-    """flex_attention skips what a sliding window hides, on CUDA; sdpa masks it. It trains on CUDA alone."""
+    attention: Literal["auto", "sdpa", "flex_attention"] = setting("auto", resume=True)
+    """flex_attention skips what a sliding window hides and trains on CUDA alone, sdpa masks it; auto: flex_attention on
+    CUDA from capability 8.0 on, sdpa elsewhere."""
     recompute: bool = setting(False, resume=True)
     """Keep only the states between layers and compute the rest again in the backward: less memory, 1/3 more work."""
     checkpoint_every: int = setting(1000, low=1, resume=True)
@@ -200,7 +201,7 @@ class ReleaseRecipe:
     """Measure on this much validation text; all of it when omitted."""
     wand_safety: float = setting(1.0, resume=True)
     """Factor on the WAND bounds when early exits are measured."""
-    draft_length: int = setting(4, low=1, resume=True)
+    k_draft: int = setting(4, low=1, resume=True)
     """Drafted tokens per round when speculative acceptance is measured."""
 
 

@@ -72,7 +72,7 @@ def _run(model: Any, ids: torch.Tensor, options: GenerationOptions, common: dict
             out, used = model.generate_wand(ids, safety=options.safety, return_stages_used=True, **common)
             return out, {"mean_stages_used": used[used > 0].double().mean().item()}
         case "speculative":
-            drafting = {"draft_stage": options.stage, "k_draft": options.draft_length, "drafter": options.drafter}
+            drafting = {"draft_stage": options.stage, "k_draft": options.k_draft, "drafter": options.drafter}
             out, facts = model.generate_speculative(ids, return_acceptance=True, **drafting, **common)
             return out, {name: facts[name] for name in ("acceptance", "proposed", "accepted")}
         case "parallel":

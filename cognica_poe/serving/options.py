@@ -26,7 +26,7 @@ class GenerationOptions:
     """parallel: the stages to compose."""
     safety: float = 1.0
     """wand: factor on the calibrated bounds."""
-    draft_length: int = 4
+    k_draft: int = 4
     """speculative: drafted tokens per round."""
     drafter: Drafter = "stage"
     """speculative: who drafts: the first stages, quantised copies of them, looked-up n-grams, or what measures best."""

@@ -33,7 +33,7 @@ def fields(step=100):
             "accepted": 4,
             "rounds": 2,
             "draft_stage": 0,
-            "draft_length": 4,
+            "k_draft": 4,
             "prompts": 2,
         },
         "baseline": {"xz_bpb": 2.5, "xz_primed_bpb": None},

@@ -32,7 +32,7 @@ def test_counts_are_pooled_over_prompts():
     assert (result.rounds, result.proposed, result.accepted) == (29, 116, 31)
     assert result.acceptance == pytest.approx(31 / 116)
     assert result.low <= result.acceptance <= result.high and 0 <= result.low < result.high <= 1
-    assert (result.prompts, result.draft_length, result.draft_stage, result.new_tokens) == (3, 4, 0, 20)
+    assert (result.prompts, result.k_draft, result.draft_stage, result.new_tokens) == (3, 4, 0, 20)
     assert model.calls == [(20, 0, 4)] * 3 and model.training
 
 
@@ -44,9 +44,9 @@ def test_interval_narrows_with_more_prompts_and_is_repeatable():
     assert measure_acceptance(FakeModel(), prompts, new_tokens=20) == many
 
 
-def test_draft_length_is_what_the_model_drafts():
-    results = [measure_acceptance(FakeModel(), [[BOS, 1], [BOS, 2]], draft_length=n, new_tokens=12) for n in (2, 8)]
-    assert [result.draft_length for result in results] == [2, 8]
+def test_k_draft_is_what_the_model_drafts():
+    results = [measure_acceptance(FakeModel(), [[BOS, 1], [BOS, 2]], k_draft=n, new_tokens=12) for n in (2, 8)]
+    assert [result.k_draft for result in results] == [2, 8]
     assert [result.acceptance for result in results] == pytest.approx([(6 + 8) / 20, (6 + 8) / 80])
 
 

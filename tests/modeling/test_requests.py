@@ -64,7 +64,7 @@ def test_a_stage_cannot_be_composed_with_itself(model):
 
 
 @pytest.mark.parametrize("k_draft", [0, -1, 2.5])
-def test_draft_length(model, k_draft):
+def test_k_draft(model, k_draft):
     with pytest.raises(ValueError, match="k_draft is"):
         model.generate_speculative(PROMPT, k_draft=k_draft)
 

@@ -56,7 +56,7 @@ def make_record(step: int, *, name: str = "tiny-poe", path: str = "pool", stages
             "accepted": 320 if stages > 1 else 0,
             "rounds": 100 if stages > 1 else 0,
             "draft_stage": 0,
-            "draft_length": 4,
+            "k_draft": 4,
             "prompts": 7,
             "low": 0.76,
             "high": 0.84,

@@ -153,7 +153,7 @@ def speculation(records: Sequence[Record]) -> str:
         it = record["speculative"]
         row = [count(record["step"]), percent(it.get("acceptance"), 2)]
         row.append(interval((it.get("low"), it.get("high")), 3))
-        keys = ("accepted", "proposed", "rounds", "draft_stage", "draft_length", "prompts")
+        keys = ("accepted", "proposed", "rounds", "draft_stage", "k_draft", "prompts")
         rows.append(row + [count(it.get(key)) for key in keys])
     text = "Acceptance is accepted over proposed draft tokens. Greedy output equals that of `generate`."
     return f"## Self-speculative decoding\n\n{text}\n\n{markdown_table(header, rows, 'r' * len(header))}"
