@@ -16,7 +16,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -29,6 +29,7 @@ KINDS = ("data", "tokenizer", "release", "checkpoint")
 """Folders that carry the mark."""
 _MARK = "# cognica-poe "  # `sha256sum -c` skips comments
 _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
+_SOURCE = re.compile(r"# made from ([a-z]+) ([0-9a-f]{64})")
 _PARTIAL = ".partial-"
 _REPLACED = ".replaced-"
 
@@ -106,13 +107,16 @@ def read_json(path: Path, what: str = "file") -> Any:
 
 
 @contextlib.contextmanager
-def atomic_folder(path: Path, kind: str, *, trusted: bool = False) -> Iterator[Path]:
+def atomic_folder(
+    path: Path, kind: str, *, made_from: Mapping[str, str] | None = None, trusted: bool = False
+) -> Iterator[Path]:
     """Yield a temporary folder that becomes ``path`` (replacing it) once the block ends without an exception.
 
-    All files are fsynced. The manifest with the mark of ``kind`` is written last, unless the block wrote one because
-    it knows the digests. On failure nothing stays behind. Raises UserError as ``require_replaceable`` does, before
-    the block and again before the old folder goes; with ``trusted``, ``path`` is ours by where it lies (a run's
-    checkpoints, a snapshot named by its content), and a damaged folder there is replaced as well.
+    All files are fsynced. The manifest with the mark of ``kind``, and with ``made_from``, is written last, unless the
+    block wrote one because it knows the digests. On failure nothing stays behind. Raises UserError as
+    ``require_replaceable`` does, before the block and again before the old folder goes; with ``trusted``, ``path`` is
+    ours by where it lies (a run's checkpoints, a snapshot named by its content), and a damaged folder there is replaced
+    as well.
     """
     path = Path(path)
     if not trusted:
@@ -123,7 +127,7 @@ def atomic_folder(path: Path, kind: str, *, trusted: bool = False) -> Iterator[P
         try:
             yield partial
             if not (partial / MANIFEST).exists():
-                write_manifest(partial, kind)
+                write_manifest(partial, kind, made_from)
             for file in sorted(partial.rglob("*")):
                 _fsync(file)
             _fsync(partial)
@@ -248,58 +252,68 @@ class Manifest:
     """One of ``KINDS``; None without the mark."""
     digests: Mapping[str, str]
     """Hex sha256 of every file by its name relative to the folder."""
+    made_from: Mapping[str, str] = field(default_factory=dict)
+    """What the folder was made from: a word for each part, such as ``data``, and its hex sha256."""
 
     @classmethod
-    def parse(cls, data: bytes, where: Path | str) -> Manifest:
+    def parse(cls, data: bytes, where: Path | str, remedy: str = "restore it or use another step") -> Manifest:
         """Read a manifest's bytes. Raises UserError naming ``where``: malformed, empty, or with unsafe names."""
         try:
             lines = data.decode().split("\n")
         except UnicodeDecodeError as error:
-            raise UserError(f"{where} is corrupt: it is not text; restore it or use another step") from error
+            raise UserError(f"{where} is corrupt: it is not text; {remedy}") from error
         kind = lines[0].removeprefix(_MARK) if lines[0].startswith(_MARK) else None
-        digests = {}
+        digests, made_from = {}, {}
         for line in lines[1:] if kind in KINDS else lines:
             found = _LINE.fullmatch(line)
-            if found and found[2] not in digests:
+            if kind in KINDS and not digests and (source := _SOURCE.fullmatch(line)) and source[1] not in made_from:
+                made_from[source[1]] = source[2]
+            elif found and found[2] not in digests:
                 digests[safe_name(found[2], f"{where}: file name", nested=True)] = found[1]
             elif line:
-                raise UserError(f"{where} is corrupt: a line is malformed or repeated; restore it or use another step")
+                raise UserError(f"{where} is corrupt: a line is malformed or repeated; {remedy}")
         if not digests:
-            raise UserError(f"{where} is corrupt: it lists no file; restore it or use another step")
-        return cls(kind, digests)
+            raise UserError(f"{where} is corrupt: it lists no file; {remedy}")
+        return cls(kind, digests, made_from)
 
     @classmethod
-    def read(cls, folder: Path) -> Manifest:
+    def read(cls, folder: Path, remedy: str = "restore it or use another step") -> Manifest:
         """The manifest of a folder. Raises UserError when it is missing or as ``parse`` does."""
         file = Path(folder) / MANIFEST
         if not file.is_file():
-            raise UserError(f"{folder} has no {MANIFEST}: it is incomplete; use another step")
-        return cls.parse(file.read_bytes(), file)
+            raise UserError(f"{folder} has no {MANIFEST}: it is incomplete; {remedy}")
+        return cls.parse(file.read_bytes(), file, remedy)
 
     def data(self) -> bytes:
         """The bytes of the file, lines sorted by name; ``sha256sum -c`` reads them."""
         mark = f"{_MARK}{self.kind}\n" if self.kind else ""
+        mark += "".join(f"# made from {part} {digest}\n" for part, digest in sorted(self.made_from.items()))
         names = sorted(safe_name(name, "file name", nested=True) for name in self.digests)
         return (mark + "".join(f"{self.digests[name]}  {name}\n" for name in names)).encode()
 
 
-def write_manifest(folder: Path, kind: str) -> None:
-    """Write ``MANIFEST.sha256`` of every file below ``folder``, with the mark of ``kind``."""
+def write_manifest(folder: Path, kind: str, made_from: Mapping[str, str] | None = None) -> None:
+    """Write ``MANIFEST.sha256`` of every file below ``folder``, with the mark of ``kind`` and ``made_from``."""
     folder = Path(folder)
     files = (file for file in folder.rglob("*") if file.is_file() and file != folder / MANIFEST)
     digests = {file.relative_to(folder).as_posix(): sha256_file(file) for file in files}
-    write_bytes(folder / MANIFEST, Manifest(kind, digests).data())
+    write_bytes(folder / MANIFEST, Manifest(kind, digests, made_from or {}).data())
 
 
-def verify_manifest(folder: Path) -> None:
-    """Check every file against the folder's manifest. Raises UserError naming the first file that differs."""
+def verify_manifest(folder: Path) -> Manifest:
+    """Check every file against the folder's manifest, and return it. Raises UserError naming the first that differs."""
     folder = Path(folder)
-    for name, digest in Manifest.read(folder).digests.items():
+    manifest = Manifest.read(folder)
+    for name, digest in manifest.digests.items():
         file = folder / name
         if not file.is_file():
             raise UserError(f"{file} is missing though {MANIFEST} lists it; use another step or copy it again")
-        if sha256_file(file) != digest:
-            raise UserError(f"{file} is corrupt: its sha256 is not that in {MANIFEST}; restore it or use another step")
+        if (found := sha256_file(file)) != digest:
+            raise UserError(
+                f"{file} is corrupt: {MANIFEST} expects sha256 {digest[:12]}, found {found[:12]}; restore it or use "
+                "another step"
+            )
+    return manifest
 
 
 def require_space(path: Path, size: int) -> None:

@@ -10,10 +10,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cognica_poe.data.documents import Document
 from cognica_poe.errors import UserError
-from cognica_poe.files import read_json, safe_name
+from cognica_poe.files import MANIFEST, Manifest, read_json, safe_name
+from cognica_poe.seals import require_sha256
 
 SPLITS = ("train", "val")
 """Names of the splits, as shards and manifest have them."""
+_REMEDY = "restore it or build the data again"
 
 
 class _Record(BaseModel):
@@ -82,29 +84,44 @@ class DataManifest(_Record):
 
 
 def load_manifest(data_dir: Path) -> DataManifest:
-    """Read ``data_dir/manifest.json``. Raises UserError if it is missing, not of this form, or has unsafe names."""
+    """Read ``data_dir/manifest.json``. The shards are compared when they are read.
+
+    Raises UserError if it is missing, differs from the folder's ``MANIFEST.sha256``, is not of this form, or has
+    unsafe names.
+    """
     file = Path(data_dir) / "manifest.json"
+    if not file.is_file():
+        raise UserError(f"data manifest not found: {file}")
+    listed = Manifest.read(data_dir, _REMEDY).digests
+    require_sha256(file, listed.get(file.name, "of no listed file"), "data manifest", _REMEDY)
     try:
         manifest = DataManifest.model_validate(read_json(file, "data manifest"))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise UserError(f"data manifest {file} is not valid ({where}: {first['msg']}); build the data again") from error
+        raise UserError(f"data manifest {file} is not valid ({where}: {first['msg']}); {_REMEDY}") from error
     for shard in manifest.shards:
         safe_name(shard.file, f"data manifest {file}: shard")
+        if listed.get(shard.file) != shard.sha256:
+            raise UserError(f"{file.parent / MANIFEST} and {file.name} give {shard.file} another sha256; {_REMEDY}")
     return manifest
 
 
 def read_documents(data_dir: Path, split: str) -> Iterator[Document]:
-    """Documents of ``train`` or ``val`` in the order of the shards. Raises UserError for a missing or corrupt shard."""
+    """Documents of ``train`` or ``val`` in the order of the shards.
+
+    Each shard is compared with its sha256 once per process, all of them before the first document. Raises UserError for
+    one that is missing or corrupt.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     if split not in SPLITS:
         raise UserError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
-    for shard in load_manifest(data_dir).shards:
-        if shard.split != split:
-            continue
+    shards = [shard for shard in load_manifest(data_dir).shards if shard.split == split]
+    for shard in shards:
+        require_sha256(Path(data_dir) / shard.file, shard.sha256, "data shard", _REMEDY)
+    for shard in shards:
         file = Path(data_dir) / shard.file
         count = 0
         try:
@@ -114,16 +131,10 @@ def read_documents(data_dir: Path, split: str) -> Iterator[Document]:
                     count += batch.num_rows
                     for row in zip(*columns, strict=True):
                         yield Document(*row)
-        except FileNotFoundError as error:
-            raise UserError(
-                f"data shard {file} is missing though the manifest lists it; build the data again"
-            ) from error
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f"data shard {file} is corrupt ({_first_line(error)}); build the data again") from error
+            raise UserError(f"data shard {file} cannot be read ({_first_line(error)}); {_REMEDY}") from error
         if count != shard.documents:
-            raise UserError(
-                f"data shard {file} has {count} documents, the manifest says {shard.documents}; build it again"
-            )
+            raise UserError(f"data shard {file} has {count} documents, the manifest says {shard.documents}; {_REMEDY}")
 
 
 def _first_line(error: BaseException) -> str:

@@ -7,7 +7,7 @@ import pytest
 from cognica_poe.data.build import build
 from cognica_poe.data.manifest import load_manifest, read_documents
 from cognica_poe.errors import UserError
-from cognica_poe.files import sha256_file, verify_manifest
+from cognica_poe.files import MANIFEST, sha256_file, verify_manifest, write_manifest
 from tests.data.corpora import origins, small, texts, write_parquet
 
 
@@ -182,6 +182,18 @@ def test_a_data_folder_of_ours_is_replaced(corpus, tmp_path):
     assert load_manifest(tmp_path / "data").seed == 9
 
 
+def test_no_document_of_a_split_is_read_before_all_of_it_is_compared(corpus, tmp_path):
+    small(corpus, tmp_path / "data")
+    shard = next(s for s in load_manifest(tmp_path / "data").shards if s.split == "train")
+    file = tmp_path / "data" / shard.file
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(UserError, match=rf"{shard.file} is corrupt: its sha256 is .* expected {shard.sha256[:12]}"):
+        next(read_documents(tmp_path / "data", "train"))
+    assert next(read_documents(tmp_path / "data", "val"))
+
+
 def test_damaged_data_folders(corpus, tmp_path):
     small(corpus, tmp_path / "data")
     shard = tmp_path / "data" / "val-00000.parquet"
@@ -195,12 +207,23 @@ def test_damaged_data_folders(corpus, tmp_path):
         list(read_documents(tmp_path / "data", "test"))
     manifest = tmp_path / "data" / "manifest.json"
     described = json.loads(manifest.read_text())
+
+    def write(text):
+        manifest.write_text(text)
+        write_manifest(tmp_path / "data", "data")
+
     for name in ("../../x", "/etc/passwd", "a/b.parquet", ""):
-        manifest.write_text(json.dumps({**described, "shards": [{**described["shards"][0], "file": name}]}))
+        write(json.dumps({**described, "shards": [{**described["shards"][0], "file": name}]}))
         with pytest.raises(UserError, match=r"shard .* cannot be used as a name"):
             list(read_documents(tmp_path / "data", "train"))
-    manifest.write_text('{"mix": "x"}')
+    write('{"mix": "x"}')
     with pytest.raises(UserError, match="not valid"):
+        load_manifest(tmp_path / "data")
+    manifest.write_text("{}")
+    with pytest.raises(UserError, match=r"manifest\.json is corrupt"):
+        load_manifest(tmp_path / "data")
+    (tmp_path / "data" / MANIFEST).unlink()
+    with pytest.raises(UserError, match=r"has no MANIFEST\.sha256"):
         load_manifest(tmp_path / "data")
     with pytest.raises(UserError, match="not found"):
         load_manifest(tmp_path / "nothing")
