@@ -153,8 +153,10 @@ class Attention(nn.Module):
         if self.config.attention_in_fp32 and not self.training and implementation in ("sdpa", "eager"):
             q, k, v = (t.to(attention_dtype(self.config, t.dtype)) for t in (q, k, v))
             mask = mask.to(q.dtype) if mask is not None and mask.is_floating_point() else mask
-        elif implementation == "flex_attention":  # knows no autocast, under which the norms of q and k return fp32
-            q, k = q.to(v.dtype), k.to(v.dtype)
+        elif implementation == "flex_attention":  # knows no autocast, under which norms and value embeddings are fp32
+            device = q.device.type
+            products = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else v.dtype
+            q, k, v = (t.to(products) for t in (q, k, v))
         out, _ = attend(
             self, q, k, v, mask, dropout=0.0, scaling=self.head_dim**-0.5, sliding_window=self.sliding_window
         )

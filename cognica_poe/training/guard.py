@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch
 
 from cognica_poe.recipe.fields import GuardRecipe
+from cognica_poe.training.memory import copy_to_host
 
 Verdict = Literal["ok", "spike", "non-finite"]
 
@@ -46,12 +47,6 @@ class Decision:
     """The first of the steps left out that led here."""
     pass_over: tuple[int, int] | None = None
     """For a roll-back: first and last step that the run passes over then."""
-
-
-def copy_to_host(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy that CUDA makes in passing: complete once a ``LateObservation`` that was made later has been read."""
-    host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-    return host.copy_(tensor, non_blocking=tensor.is_cuda)
 
 
 class LateObservation:

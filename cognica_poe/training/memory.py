@@ -1,9 +1,11 @@
-"""Keep freed memory in the process, so that every step does not fault its pages in again."""
+"""Memory of the host: freed blocks stay in the process, and copies to and from a device make nobody wait."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
+
+import torch
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h of glibc
 
@@ -22,3 +24,19 @@ def keep_freed_memory() -> bool:
     except AttributeError:  # musl
         return False
     return all((mallopt(M_MMAP_MAX, 0), mallopt(M_TRIM_THRESHOLD, 2**31 - 1), mallopt(M_TOP_PAD, 64 << 20)))
+
+
+def copy_to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that CUDA makes in passing: complete once an event that was recorded later has been waited for."""
+    host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+    return host.copy_(tensor, non_blocking=tensor.is_cuda)
+
+
+def copy_to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host on a device, for which the host does not wait on CUDA: pages that may move would make it.
+
+    torch keeps the pinned block until the copy is made.
+    """
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

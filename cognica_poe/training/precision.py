@@ -1,10 +1,12 @@
-"""Which device trains here, and which dtype it multiplies fastest."""
+"""Which device trains here, which dtype it multiplies fastest, and which attention it runs."""
 
 from __future__ import annotations
 
 import time
 
 import torch
+
+from cognica_poe.errors import UserError
 
 ON_PROCESSOR, ON_ACCELERATOR = 512, 4096
 """Rows and columns of the product that is timed; a smaller one is over on an accelerator before it is launched."""
@@ -46,6 +48,22 @@ def _cuda_seconds(a: torch.Tensor) -> float:
     end.record()
     end.synchronize()
     return float(start.elapsed_time(end)) / 1000
+
+
+def choose_attention(choice: str, device: torch.device, head_dim: int) -> str:
+    """Name of the attention that trains, as transformers knows it.
+
+    ``auto`` takes flex_attention, which leaves out what a sliding window hides, on CUDA devices of capability 8.0 and
+    later; its kernel wants heads of at least 16 dimensions. sdpa computes whole rows and masks them, anywhere.
+
+    Raises UserError where a device cannot train with what was chosen.
+    """
+    if choice == "auto":
+        skips = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) and head_dim >= 16
+        return "flex_attention" if skips else "sdpa"
+    if choice == "flex_attention" and device.type != "cuda":
+        raise UserError("training.attention flex_attention trains on CUDA alone; use sdpa, or auto")
+    return choice
 
 
 def default_device() -> torch.device:

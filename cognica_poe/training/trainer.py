@@ -7,9 +7,10 @@ before, and within rounding on any other number: every step reads the same rows,
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -22,12 +23,13 @@ from cognica_poe.recipe.fields import Recipe
 from cognica_poe.training.backlog import Backlog, LaunchedStep, Progress
 from cognica_poe.training.build import build_model, build_objective_and_optimizer, rows_of_a_rank
 from cognica_poe.training.checkpoint import Checkpoint, CheckpointFolder
-from cognica_poe.training.guard import Decision, SpikePolicy, StepGuard, copy_to_host
+from cognica_poe.training.compilation import bounded_compilation, compile_blocks, without_compilation
+from cognica_poe.training.guard import Decision, SpikePolicy, StepGuard
 from cognica_poe.training.journal import Journal
-from cognica_poe.training.memory import keep_freed_memory
+from cognica_poe.training.memory import copy_to_device, copy_to_host, keep_freed_memory
 from cognica_poe.training.optim.schedule import Schedule
 from cognica_poe.training.parallel.ranks import Ranks
-from cognica_poe.training.precision import choose_compute_dtype, default_device
+from cognica_poe.training.precision import choose_attention, choose_compute_dtype, default_device
 from cognica_poe.training.soundness import require_equal, require_finite
 
 Log = Callable[[str], None]
@@ -114,17 +116,16 @@ class Trainer:
         recipe, training = self.recipe, self.recipe.training
         self.model = build_model(recipe.model, training.seed)
         self.model.to(self.device).train()  # type: ignore[arg-type]  # transformers hides its arguments
-        if training.attention == "flex_attention" and self.device.type != "cuda":
-            raise UserError(f"recipe {recipe.name}: training.attention flex_attention trains on CUDA alone; use sdpa")
-        self.model.set_attn_implementation(training.attention)
+        self.attention = choose_attention(training.attention, self.device, recipe.model.head_dim)
+        self.model.set_attn_implementation(self.attention)
         dtype = found.state["compute_dtype"] if found else training.compute_dtype
         self.compute_dtype = self.ranks.on_first(lambda: choose_compute_dtype(dtype, self.device))
         self.objective, self.optimizer = build_objective_and_optimizer(
             self.model, recipe, self.compute_dtype, self.ranks
         )
-        if training.compile == "on" or (training.compile == "auto" and self.device.type == "cuda"):
-            for block in self.model.get_submodule("transformer.h").children():
-                block.compile()
+        self.compiled = training.compile == "on" or (training.compile == "auto" and self.device.type == "cuda")
+        if self.compiled:
+            compile_blocks(self.model)
         self.schedule = Schedule(training.schedule, training.steps)
         self.guard = StepGuard(training.guard, self.ranks.mean, self.ranks.world, self.device)
         self.policy = SpikePolicy(training.guard)
@@ -161,7 +162,8 @@ class Trainer:
         previous = {sig: signal.signal(sig, self._on_signal) for sig in (signal.SIGTERM, signal.SIGINT)}
         self.events.write({"event": "resume" if self.step else "start", "step": self.step, **self._facts()})
         try:
-            self._train(at_release)
+            with bounded_compilation() if self.compiled else contextlib.nullcontext():
+                self._train(at_release)
             self.checkpoints.wait()
             self.events.write({"event": "end", "step": self.step})
         finally:
@@ -230,7 +232,7 @@ class Trainer:
         """Gradients of this rank's rows of the step; returns their mean losses ``[K]``."""
         training = self.recipe.training
         batch = self.rows.batch(self.step, training.batch_rows)
-        rows = torch.from_numpy(batch[self.rank_rows]).to(self.device)
+        rows = copy_to_device(torch.from_numpy(batch[self.rank_rows]), self.device)
         losses, scale = torch.zeros((), device=self.device), training.micro_rows / training.batch_rows
         micro_batches = torch.split(rows, training.micro_rows)
         for i, micro in enumerate(micro_batches):
@@ -309,9 +311,18 @@ class Trainer:
         self._save()
         if at_release is not None and not self.policy.failed(self.step - 1):
             self.checkpoints.wait()
-            self.model.eval()  # type: ignore[no-untyped-call]  # transformers'
-            self.ranks.on_first(lambda: at_release(self.step))
-            self.model.train()
+            with self._as_released():
+                self.ranks.on_first(lambda: at_release(self.step))
+
+    @contextlib.contextmanager
+    def _as_released(self) -> Iterator[None]:
+        """The model as whoever loads its release has it: in evaluation mode, uncompiled, with sdpa."""
+        self.model.eval()  # type: ignore[no-untyped-call]  # transformers'
+        self.model.set_attn_implementation("sdpa")
+        with without_compilation() if self.compiled else contextlib.nullcontext():
+            yield
+        self.model.set_attn_implementation(self.attention)
+        self.model.train()
 
     def _save(self) -> None:
         dtype = str(self.compute_dtype).removeprefix("torch.")

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from cognica_poe.modeling.blocks_cognica_poe import visible_slots
 from cognica_poe.modeling.configuration_cognica_poe import CognicaPoEConfig
@@ -179,6 +180,27 @@ def test_flex_attention_sees_the_same_windows():
     with torch.autocast("cpu", torch.bfloat16):
         low = model.train().boundary_states(ids)[0][-1]
     assert torch.nn.functional.cosine_similarity(low.flatten(), expected.flatten(), dim=0) > 0.999
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_flex_attention_multiplies_in_the_dtype_of_autocast_in_every_layer(monkeypatch, weights):
+    """Norms return fp32 under autocast, and so do value embeddings of fp32 weights; the kernel casts nothing itself."""
+    model, seen = make_model(dtype=torch.float32).train(), []
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(weights) if parameter.ndim > 1 else parameter.data
+
+    def kernel(module, query, key, value, mask, **options):
+        seen.append((module.config.has_value_embedding(module.layer_idx), {query.dtype, key.dtype, value.dtype}))
+        return query.transpose(1, 2), None
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flex_attention", kernel)
+    model.set_attn_implementation("flex_attention")
+    with torch.autocast("cpu", torch.bfloat16):
+        ids = torch.randint(0, 97, (2, 40))
+        x = model.embed(ids).float()
+        model.run_layers(range(5), x, x, ids, model.rotary(torch.arange(40)[None]), dict.fromkeys(model.masks(x)))
+    assert [dtypes for _, dtypes in seen] == [{torch.bfloat16}] * 5
+    assert {embedded for embedded, _ in seen} == {True, False}
 
 
 def test_a_pass_and_a_decode_step_agree_on_who_sees_whom(tiny_model):

@@ -1,8 +1,9 @@
-"""Which dtype the products take: what is asked for, else what the device multiplies faster."""
+"""Which dtype the products take and which attention trains: what is asked for, else what suits the device."""
 
 import pytest
 import torch
 
+from cognica_poe.errors import UserError
 from cognica_poe.training import precision
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -38,3 +39,27 @@ def test_elsewhere_bf16_must_be_much_faster(monkeypatch, device, seconds, expect
 
 def test_a_product_on_the_processor_takes_time():
     assert 0 < precision._product_seconds(torch.float32, CPU) < 10
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "head_dim", "expected"),
+    [
+        (CUDA, (9, 0), 128, "flex_attention"),
+        (CUDA, (8, 0), 16, "flex_attention"),
+        (CUDA, (9, 0), 8, "sdpa"),
+        (CUDA, (7, 5), 128, "sdpa"),
+        (CPU, None, 128, "sdpa"),
+    ],
+)
+def test_attention_by_itself_leaves_out_what_windows_hide_where_that_trains(
+    monkeypatch, device, capability, head_dim, expected
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert precision.choose_attention("auto", device, head_dim) == expected
+    assert precision.choose_attention("sdpa", device, head_dim) == "sdpa"
+
+
+def test_flex_attention_is_refused_where_it_cannot_train():
+    assert precision.choose_attention("flex_attention", CUDA, 64) == "flex_attention"
+    with pytest.raises(UserError, match="trains on CUDA alone; use sdpa"):
+        precision.choose_attention("flex_attention", CPU, 64)
