@@ -263,7 +263,8 @@ class Manifest:
         except UnicodeDecodeError as error:
             raise UserError(f"{where} is corrupt: it is not text; {remedy}") from error
         kind = lines[0].removeprefix(_MARK) if lines[0].startswith(_MARK) else None
-        digests, made_from = {}, {}
+        digests: dict[str, str] = {}
+        made_from: dict[str, str] = {}
         for line in lines[1:] if kind in KINDS else lines:
             found = _LINE.fullmatch(line)
             if kind in KINDS and not digests and (source := _SOURCE.fullmatch(line)) and source[1] not in made_from:

@@ -52,7 +52,7 @@ def pack_rows(data: DataFolder, tokenizer: Path, out: Path, row_len: int = 2049,
     from cognica_poe.data.rows.packing import pack
     from cognica_poe.data.tokenizer import load_tokenizer
 
-    packed = pack(data, load_tokenizer(tokenizer), out, row_len=row_len, epoch=epoch, log=log)
+    packed = pack(data, load_tokenizer(tokenizer), out, row_len=row_len, epoch=epoch, verify=True, log=log)
     facts = [[key, value] for key, value in dataclasses.asdict(packed).items()]
     print_table(f"rows in {out}", ["fact", "value"], facts)
 

@@ -4,9 +4,6 @@ Every row starts with BOS, every document start has a BOS in front, there is no 
 cut into full rows and one remainder; remainders and short documents are put together by best fit. Where nothing fits
 a gap, the longest waiting document is cut to fill it and goes on at the start of another row. Only the last, unfilled
 row is dropped. (The usual best-fit loader crops instead, and loses about a third of the tokens.)
-
-On disk, per split and epoch: ``rows-<split>-epoch<e>.bin`` (uint16 [rows, row_len]), ``.npz`` (row-to-document index)
-and ``.json`` (facts and fingerprint, written last: without it the others do not count).
 """
 
 from __future__ import annotations
@@ -15,60 +12,33 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cognica_poe.data.manifest import DataManifest, load_manifest, read_documents
 from cognica_poe.data.rows.layout import lay_out_rows
+from cognica_poe.data.rows.store import (
+    PackedRows,
+    RowIndex,
+    are_complete,
+    load_facts,
+    row_file,
+    verify_rows,
+    write_facts,
+    write_rows,
+)
 from cognica_poe.data.tokenizer import Tokenizer
 from cognica_poe.errors import UserError
-from cognica_poe.files import disk_errors, read_json, require_space, write_json
+from cognica_poe.files import disk_errors, require_space
 
 _VERSION = 2  # of the algorithm; part of the fingerprint
 _BATCH = 256  # documents encoded at a time
 CASES = ("as is", "lower", "upper")
 """Letter case of a document in the rows of an epoch."""
 _LOWER_SHARE = 0.8
-
-
-@dataclass(frozen=True)
-class PackedRows:
-    """Facts about one packed epoch."""
-
-    fingerprint: str
-    split: str
-    epoch: int
-    rows: int
-    row_len: int
-    documents: int
-    document_tokens: int
-    """Tokens of all documents, BOS not counted."""
-    kept_fraction: float
-    """Part of ``document_tokens`` that is in the rows."""
-    fragments: int
-    """Pieces of documents in the rows."""
-    needless_cuts: int
-    """Documents that would fit a row and were cut all the same."""
-    lowered: int
-    uppered: int
-
-
-@dataclass(frozen=True)
-class RowIndex:
-    """Which tokens of which documents a row holds; fragments are in row order."""
-
-    first: np.ndarray
-    """int64 [rows + 1]: fragments of row r are ``first[r]:first[r + 1]``."""
-    document: np.ndarray
-    """int64 [fragments]: number of the document in the order of the split's shards."""
-    start: np.ndarray
-    """int64 [fragments]: first token within the document."""
-    length: np.ndarray
-    """int64 [fragments]: tokens, without the BOS in front."""
-    case: np.ndarray
-    """uint8 [documents]: index into ``CASES``."""
 
 
 def random_bits(count: int, *key: object) -> np.ndarray:
@@ -93,29 +63,6 @@ def fingerprint_of(
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def row_file(out_dir: Path, split: str, epoch: int, suffix: str) -> Path:
-    """Path of one of the three files of an epoch."""
-    return Path(out_dir) / f"rows-{split}-epoch{epoch}{suffix}"
-
-
-def load_facts(out_dir: Path, split: str, epoch: int, fingerprint: str) -> PackedRows | None:
-    """Facts of an epoch packed before, or None if there are none with this fingerprint."""
-    file = row_file(out_dir, split, epoch, ".json")
-    if not file.is_file():
-        return None
-    try:
-        facts = PackedRows(**read_json(file, "packed rows"))
-    except (TypeError, UserError):
-        return None  # of another version or damaged: packed again
-    return facts if facts.fingerprint == fingerprint else None
-
-
-def load_index(out_dir: Path, split: str, epoch: int) -> RowIndex:
-    """Row-to-document index of a packed epoch. Raises FileNotFoundError where it was not packed."""
-    with np.load(row_file(out_dir, split, epoch, ".npz"), allow_pickle=False) as arrays:
-        return RowIndex(**{name: arrays[name] for name in RowIndex.__dataclass_fields__})
-
-
 def pack(
     data_dir: Path,
     tokenizer: Tokenizer,
@@ -126,9 +73,13 @@ def pack(
     seed: int = 0,
     row_len: int,
     case_aug_prob: float = 0.15,
+    verify: bool = False,
     log: Callable[[str], None] = lambda line: None,
 ) -> PackedRows:
     """Pack one epoch unless the same rows are there already. Validation is neither shuffled nor augmented.
+
+    Rows of something else, and such as are not complete, are packed again; with ``verify`` those of which a byte has
+    changed, too.
 
     Case augmentation (training): with ``case_aug_prob`` a document is lowered (80 %) or uppered (20 %) before
     encoding, drawn per document and epoch. Raises UserError if the text does not fill one row.
@@ -142,8 +93,8 @@ def pack(
     fingerprint = fingerprint_of(
         manifest, tokenizer, split=split, epoch=epoch, seed=seed, row_len=row_len, case_aug=case_aug_prob
     )
-    facts = load_facts(out_dir, split, epoch, fingerprint)
-    if facts and _complete(out_dir, facts):
+    facts = load_facts(out_dir, split, epoch, fingerprint, log)
+    if facts and are_complete(out_dir, facts) and (not verify or _sound(out_dir, facts, log)):
         return facts
     documents = manifest.splits[split].documents
     case = _draw_cases(documents, case_aug_prob, seed, epoch)
@@ -162,11 +113,21 @@ def pack(
                     "use more text or a shorter row"
                 )
             index = RowIndex(first, document, start, length, case)
-            _write_rows(out_dir, split, epoch, flat, lengths, index, row_len, tokenizer.bos_id)
+            write_rows(out_dir, split, epoch, _fill_rows(flat, lengths, index, row_len, tokenizer.bos_id), index)
         finally:
             flat.unlink(missing_ok=True)
-    facts = _facts_of(index, lengths, fingerprint, split, epoch, row_len)
-    write_json(row_file(out_dir, split, epoch, ".json"), asdict(facts))
+    made = PackedRows(
+        fingerprint=fingerprint,
+        split=split,
+        epoch=epoch,
+        row_len=row_len,
+        data=manifest.split_sha256(split),
+        tokenizer=tokenizer.sha256,
+        seed=seed,
+        case_aug_prob=case_aug_prob,
+        **_counts(index, lengths, row_len),
+    )
+    facts = write_facts(out_dir, made)
     log(
         f"rows: {split} epoch {epoch}: {facts.rows:,} rows of {row_len}, "
         f"{100 * facts.kept_fraction:.2f} % of {facts.document_tokens:,} tokens kept"
@@ -174,25 +135,28 @@ def pack(
     return facts
 
 
-def _facts_of(
-    index: RowIndex, lengths: np.ndarray, fingerprint: str, split: str, epoch: int, row_len: int
-) -> PackedRows:
-    """``lengths`` int64 [documents]: in tokens, without BOS."""
+def _sound(out_dir: Path, facts: PackedRows, log: Callable[[str], None]) -> bool:
+    try:
+        verify_rows(out_dir, facts)
+    except UserError as error:
+        log(f"rows: {str(error).partition(';')[0]}; they are packed again")
+        return False
+    return True
+
+
+def _counts(index: RowIndex, lengths: np.ndarray, row_len: int) -> dict[str, Any]:
+    """What facts count. ``lengths`` int64 [documents]: in tokens, without BOS."""
     cut = np.unique(index.document[index.length < lengths[index.document]])
-    return PackedRows(
-        fingerprint=fingerprint,
-        split=split,
-        epoch=epoch,
-        rows=len(index.first) - 1,
-        row_len=row_len,
-        documents=len(lengths),
-        document_tokens=int(lengths.sum()),
-        kept_fraction=float(index.length.sum() / lengths.sum()),
-        fragments=len(index.document),
-        needless_cuts=int((lengths[cut] < row_len).sum()),
-        lowered=int((index.case == 1).sum()),
-        uppered=int((index.case == 2).sum()),
-    )
+    return {
+        "rows": len(index.first) - 1,
+        "documents": len(lengths),
+        "document_tokens": int(lengths.sum()),
+        "kept_fraction": float(index.length.sum() / lengths.sum()),
+        "fragments": len(index.document),
+        "needless_cuts": int((lengths[cut] < row_len).sum()),
+        "lowered": int((index.case == 1).sum()),
+        "uppered": int((index.case == 2).sum()),
+    }
 
 
 def apply_case(text: str, case: int) -> str:
@@ -227,39 +191,17 @@ def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _write_rows(
-    out_dir: Path, split: str, epoch: int, flat: Path, lengths: np.ndarray, index: RowIndex, row_len: int, bos_id: int
-) -> None:
+def _fill_rows(
+    flat: Path, lengths: np.ndarray, index: RowIndex, row_len: int, bos_id: int
+) -> Iterator[NDArray[np.uint16]]:
+    """uint16 [row_len] of every row, from the documents' ids in ``flat``."""
     tokens = np.memmap(flat, dtype=np.uint16, mode="r")
     offsets = np.concatenate([[0], np.cumsum(lengths)])[index.document] + index.start
-    partial = {
-        suffix: row_file(out_dir, split, epoch, f"{suffix}.partial-{os.getpid()}") for suffix in (".bin", ".npz")
-    }
-    try:
-        with open(partial[".bin"], "wb") as file:
-            for row in range(len(index.first) - 1):
-                values = np.full(row_len, bos_id, dtype=np.uint16)
-                at = 1
-                for fragment in range(index.first[row], index.first[row + 1]):
-                    count = index.length[fragment]
-                    values[at : at + count] = tokens[offsets[fragment] : offsets[fragment] + count]
-                    at += count + 1
-                file.write(values.tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-        with open(partial[".npz"], "wb") as file:
-            np.savez(file, **{name: getattr(index, name) for name in RowIndex.__dataclass_fields__})
-            file.flush()
-            os.fsync(file.fileno())
-        row_file(out_dir, split, epoch, ".json").unlink(missing_ok=True)  # the old rows no longer count
-        for suffix, finished in partial.items():
-            os.replace(finished, row_file(out_dir, split, epoch, suffix))
-    finally:
-        for leftover in partial.values():
-            leftover.unlink(missing_ok=True)
-
-
-def _complete(out_dir: Path, facts: PackedRows) -> bool:
-    rows = row_file(out_dir, facts.split, facts.epoch, ".bin")
-    index = row_file(out_dir, facts.split, facts.epoch, ".npz")
-    return rows.is_file() and index.is_file() and rows.stat().st_size == 2 * facts.rows * facts.row_len
+    for row in range(len(index.first) - 1):
+        values = np.full(row_len, bos_id, dtype=np.uint16)
+        at = 1
+        for fragment in range(index.first[row], index.first[row + 1]):
+            count = index.length[fragment]
+            values[at : at + count] = tokens[offsets[fragment] : offsets[fragment] + count]
+            at += count + 1
+        yield values

@@ -12,7 +12,8 @@ from filelock import FileLock
 
 from cognica_poe.data.manifest import load_manifest, read_documents
 from cognica_poe.data.rows import packing
-from cognica_poe.data.rows.packing import CASES, PackedRows
+from cognica_poe.data.rows.packing import CASES
+from cognica_poe.data.rows.store import PackedRows, RowFile, RowIndex, load_facts, load_index
 from cognica_poe.data.tokenizer import load_tokenizer
 from cognica_poe.errors import UserError
 
@@ -61,7 +62,7 @@ class Rows:
         if split not in self.manifest.splits:
             raise UserError(f"unknown split {split!r}; choose one of {', '.join(self.manifest.splits)}")
         self._facts: list[PackedRows] = []
-        self._open: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._open: dict[int, tuple[RowFile, np.ndarray]] = {}
 
     @property
     def fingerprint(self) -> str:
@@ -72,7 +73,7 @@ class Rows:
         """Facts of an epoch; packs it, and those before it, where that has not been done."""
         while len(self._facts) <= epoch:
             number = len(self._facts)
-            known = packing.load_facts(self.rows_dir, self.split, number, self._fingerprint(number))
+            known = load_facts(self.rows_dir, self.split, number, self._fingerprint(number), self.log)
             self._facts.append(known or self._pack(number))
         return self._facts[epoch]
 
@@ -89,7 +90,10 @@ class Rows:
         return epoch, position
 
     def batch(self, step: int, rows_per_step: int) -> np.ndarray:
-        """int64 [rows_per_step, row_len]: the rows of optimiser step ``step`` (from 0), across epoch borders."""
+        """int64 [rows_per_step, row_len]: the rows of optimiser step ``step`` (from 0), across epoch borders.
+
+        Raises UserError where a row is not what was packed.
+        """
         batch = np.empty((rows_per_step, self.row_len), dtype=np.int64)
         for i, (epoch, row) in enumerate(self._step_rows(step, rows_per_step)):
             batch[i] = self._epoch(epoch)[0][row]
@@ -98,11 +102,11 @@ class Rows:
     def documents(self, step: int, rows_per_step: int) -> list[RowDocument]:
         """What the rows of a step hold, in their order."""
         found: list[RowDocument] = []
-        indices: dict[int, packing.RowIndex] = {}
+        indices: dict[int, RowIndex] = {}
         for i, (epoch, row) in enumerate(self._step_rows(step, rows_per_step)):
             self._epoch(epoch)
             if epoch not in indices:
-                indices[epoch] = packing.load_index(self.rows_dir, self.split, epoch)
+                indices[epoch] = load_index(self.rows_dir, self.facts(epoch))
             index = indices[epoch]
             for fragment in range(index.first[row], index.first[row + 1]):
                 number = int(index.document[fragment])
@@ -128,12 +132,11 @@ class Rows:
             place += 1
         return found
 
-    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """(rows uint16 [rows, row_len] memory map, order int64 [rows])."""
+    def _epoch(self, epoch: int) -> tuple[RowFile, np.ndarray]:
+        """(rows, order int64 [rows])."""
         if epoch not in self._open:
             facts = self._pack(epoch)
-            file = packing.row_file(self.rows_dir, self.split, epoch, ".bin")
-            rows = np.memmap(file, dtype=np.uint16, mode="r", shape=(facts.rows, self.row_len))
+            rows = RowFile(self.rows_dir, facts)
             order = np.arange(facts.rows)
             if self.split == "train":
                 order = np.argsort(packing.random_bits(facts.rows, self.seed, epoch, "rows"), kind="stable")

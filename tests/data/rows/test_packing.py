@@ -1,3 +1,4 @@
+import json
 import random
 from itertools import pairwise
 
@@ -7,11 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cognica_poe.data.build import build
-from cognica_poe.data.manifest import read_documents
+from cognica_poe.data.manifest import load_manifest, read_documents
 from cognica_poe.data.rows import packing
 from cognica_poe.data.rows.layout import lay_out_rows
-from cognica_poe.data.rows.packing import apply_case, load_index, pack, random_bits, row_file
+from cognica_poe.data.rows.packing import apply_case, pack, random_bits
+from cognica_poe.data.rows.store import SUFFIXES, RowFile, load_index, row_file
 from cognica_poe.errors import UserError
+from cognica_poe.files import sha256_file
+from cognica_poe.seals import sealed
 from tests.data.corpora import made_up_text, write_parquet
 
 lengths_of_documents = st.lists(st.integers(1, 100), min_size=1, max_size=80)
@@ -91,7 +95,7 @@ def rows_of(out, facts):
 @pytest.mark.parametrize("row_len", [17, 65, 257])
 def test_rows_hold_the_documents_and_the_index_finds_them(many, tokenizer, tmp_path, split, row_len):
     facts = pack(many, tokenizer, tmp_path, split=split, row_len=row_len, seed=1, case_aug_prob=0.5)
-    rows, index = rows_of(tmp_path, facts), load_index(tmp_path, split, 0)
+    rows, index = rows_of(tmp_path, facts), load_index(tmp_path, facts)
     documents = list(read_documents(many, split))
     expected = [tokenizer.encode(apply_case(d.text, index.case[i])) for i, d in enumerate(documents)]
     kept = 0
@@ -157,11 +161,60 @@ def test_rows_are_reused_only_when_they_are_the_same(many, tokenizer, tmp_path):
     file.write_bytes(before[1][:-10])  # cut short
     pack(many, tokenizer, tmp_path, row_len=65)
     assert file.read_bytes() == before[1]
-    row_file(tmp_path, "train", 0, ".json").write_text("{")
-    assert pack(many, tokenizer, tmp_path, row_len=65) == facts
-    other = pack(many, tokenizer, tmp_path, row_len=65, seed=1)
+    sidecar = row_file(tmp_path, "train", 0, ".json")
+    for text, words in (
+        ("{", "is not valid JSON"),
+        (sidecar.read_text().replace('"rows": ', '"rows": 1'), "was changed after it was written"),
+        (json.dumps(sealed({"fingerprint": facts.fingerprint})), "of another version"),
+    ):
+        sidecar.write_text(text)
+        lines.clear()
+        assert pack(many, tokenizer, tmp_path, row_len=65, log=lines.append) == facts
+        assert words in lines[0] and str(sidecar) in lines[0] and lines[0].endswith("they are packed again")
+    lines.clear()
+    other = pack(many, tokenizer, tmp_path, row_len=65, seed=1, log=lines.append)
+    assert "made from other data, tokenizer or settings; they are packed again" in lines[0]
     assert file.read_bytes() != before[1] and other.fingerprint != facts.fingerprint
-    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".bin", ".json", ".npz"]
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".bin", ".json", ".npz", ".sums"]
+
+
+def flip(file, at):
+    data = bytearray(file.read_bytes())
+    data[at] ^= 16
+    file.write_bytes(data)
+
+
+def test_rows_say_what_they_were_made_from(many, tokenizer, tmp_path):
+    facts = pack(many, tokenizer, tmp_path, row_len=65, seed=3, epoch=1, case_aug_prob=0.2)
+    stored = json.loads(row_file(tmp_path, "train", 1, ".json").read_text())
+    assert stored["data"] == load_manifest(many).split_sha256("train") and stored["tokenizer"] == tokenizer.sha256
+    assert (facts.seed, facts.epoch, facts.case_aug_prob, facts.row_len) == (3, 1, 0.2, 65)
+    assert stored["sums_sha256"] == sha256_file(row_file(tmp_path, "train", 1, ".sums"))
+
+
+def test_every_changed_byte_of_rows_is_told(many, tokenizer, tmp_path):
+    facts = pack(many, tokenizer, tmp_path, row_len=65)
+    rng, whole = random.Random(0), {suffix: row_file(tmp_path, "train", 0, suffix).read_bytes() for suffix in SUFFIXES}
+    for suffix, data in whole.items():
+        file = row_file(tmp_path, "train", 0, suffix)
+        for at in [0, len(data) - 1, *(rng.randrange(len(data)) for _ in range(20))]:
+            flip(file, at)
+            with pytest.raises(UserError, match=rf"packed rows {file} (is|are) corrupt.*expected.*delete {file.name}"):
+                if suffix == ".npz":
+                    load_index(tmp_path, facts)
+                else:
+                    rows = RowFile(tmp_path, facts)
+                    if suffix == ".bin":  # the row with the byte, and no other
+                        assert len({rows[row].tobytes() for row in range(len(rows)) if row != at // 130}) > 1
+                        rows[at // 130]
+            file.write_bytes(data)
+        flip(file, 1)
+        file.unlink()  # what the message asks for
+        assert pack(many, tokenizer, tmp_path, row_len=65) == facts and file.read_bytes() == data
+        flip(file, 1)
+        lines = []
+        assert pack(many, tokenizer, tmp_path, row_len=65, verify=True, log=lines.append) == facts
+        assert file.read_bytes() == data and "corrupt" in lines[0] and lines[0].endswith("they are packed again")
 
 
 def test_a_failure_leaves_nothing_half_written(many, tokenizer, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ from cognica_poe.data.manifest import read_documents
 from cognica_poe.data.rows import packing
 from cognica_poe.data.rows.packing import apply_case
 from cognica_poe.data.rows.reader import CASES, Rows
+from cognica_poe.data.rows.store import row_file
 from cognica_poe.errors import UserError
 
 
@@ -69,11 +70,11 @@ def test_passed_epochs_need_no_rows_on_disk(make, tmp_path):
     rows = make()
     first = rows.rows_per_epoch(0)
     expected = rows.batch(0, first + 4)[first:]
-    packing.row_file(tmp_path / "rows", "train", 0, ".bin").unlink()
+    row_file(tmp_path / "rows", "train", 0, ".bin").unlink()
     again = make()
     assert again.locate(first) == (1, 0)
     assert (again._step_rows(first, 1)[0][0]) == 1
-    assert not packing.row_file(tmp_path / "rows", "train", 0, ".bin").exists()
+    assert not row_file(tmp_path / "rows", "train", 0, ".bin").exists()
     assert (again.batch(first // 4, 4)[-1:] == make("other").batch(first // 4, 4)[-1:]).all()
     assert len(expected) == 4
 
@@ -102,14 +103,14 @@ def test_documents_of_a_step_are_those_in_its_rows(make, data_dir, tokenizer):
 
 def test_validation_rows_come_in_the_order_of_the_documents(make, data_dir):
     rows = make(split="val")
-    assert (rows.batch(0, rows.rows_per_epoch(0)) == rows._epoch(0)[0]).all()
+    assert (rows.batch(0, rows.rows_per_epoch(0)) == np.asarray(rows._epoch(0)[0])).all()
     assert {d.case for d in rows.documents(0, 5)} == {"as is"}
 
 
 def test_several_readers_pack_once(make, monkeypatch):
     written = []
-    original = packing._write_rows
-    monkeypatch.setattr(packing, "_write_rows", lambda *a: (written.append(1), original(*a)))
+    original = packing.write_rows
+    monkeypatch.setattr(packing, "write_rows", lambda *a: (written.append(1), original(*a)))
     batches = [None] * 4
 
     def read(i):
