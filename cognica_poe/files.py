@@ -14,15 +14,15 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
 
 from safetensors import SafetensorError
 
 from cognica_poe.errors import UserError
+from cognica_poe.leftovers import partial_file, partial_folder, put_in_place, sweep
 
 MANIFEST = "MANIFEST.sha256"
 KINDS = ("data", "tokenizer", "release", "checkpoint")
@@ -30,8 +30,6 @@ KINDS = ("data", "tokenizer", "release", "checkpoint")
 _MARK = "# cognica-poe "  # `sha256sum -c` skips comments
 _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 _SOURCE = re.compile(r"# made from ([a-z]+) ([0-9a-f]{64})")
-_PARTIAL = ".partial-"
-_REPLACED = ".replaced-"
 
 
 def sha256_file(path: Path) -> str:
@@ -74,18 +72,17 @@ def write_bytes(path: Path, data: bytes) -> None:
     path = Path(path)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=_PARTIAL)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(name, 0o644)
-            os.replace(name, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(name)
-            raise
+        with partial_file(path.parent) as (file, partial):
+            file.write(data)
+            put_file(file, partial, path)
+
+
+def put_file(file: IO[bytes], partial: Path, path: Path) -> None:
+    """Give a ``partial_file`` that is written its final name, readable by all."""
+    file.flush()
+    os.fsync(file.fileno())
+    os.chmod(partial, 0o644)
+    os.replace(partial, path)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -108,7 +105,7 @@ def read_json(path: Path, what: str = "file") -> Any:
 
 @contextlib.contextmanager
 def atomic_folder(
-    path: Path, kind: str, *, made_from: Mapping[str, str] | None = None, trusted: bool = False
+    path: Path, kind: str, *, made_from: Mapping[str, str] | None = None, trusted: bool = False, wait: float = 0.0
 ) -> Iterator[Path]:
     """Yield a temporary folder that becomes ``path`` (replacing it) once the block ends without an exception.
 
@@ -116,43 +113,30 @@ def atomic_folder(
     block wrote one because it knows the digests. On failure nothing stays behind. Raises UserError as
     ``require_replaceable`` does, before the block and again before the old folder goes; with ``trusted``, ``path`` is
     ours by where it lies (a run's checkpoints, a snapshot named by its content), and a damaged folder there is replaced
-    as well.
+    as well. Raises UserError, too, when another process makes the same folder and has not ended after ``wait`` seconds.
     """
     path = Path(path)
     if not trusted:
         require_replaceable(path, kind)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{_PARTIAL}{path.name}-"))
-        try:
+        sweep(path.parent)
+        place = Path(os.path.abspath(path))
+        with partial_folder(place, wait) as outer:
+            partial = outer / "new" / place.name
+            partial.mkdir(parents=True)
             yield partial
-            if not (partial / MANIFEST).exists():
+            if not os.path.lexists(partial / MANIFEST):
                 write_manifest(partial, kind, made_from)
             for file in sorted(partial.rglob("*")):
-                _fsync(file)
+                if not file.is_symlink():  # whoever links to a file has written it
+                    _fsync(file)
             _fsync(partial)
             partial.chmod(0o755)
             if not trusted:
                 require_replaceable(path, kind)
-            _put_in_place(partial, path)
-            _fsync(path.parent)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-
-
-def _put_in_place(partial: Path, path: Path) -> None:
-    if not path.exists():
-        os.replace(partial, path)
-        return
-    old = Path(tempfile.mkdtemp(dir=path.parent, prefix=_REPLACED))  # rename cannot replace a folder that holds files
-    os.replace(path, old / path.name)
-    try:
-        os.replace(partial, path)
-    except BaseException:
-        os.replace(old / path.name, path)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+            put_in_place(partial, place, outer)
+            _fsync(place.parent)
 
 
 def require_replaceable(path: Path, kind: str) -> None:
@@ -210,18 +194,6 @@ def _made_as(folder: Path, kind: str) -> bool:
     found = {entry.relative_to(folder).as_posix(): entry for entry in folder.rglob("*")}
     files = {name for name, entry in found.items() if entry.is_file() and not entry.is_symlink()}
     return files == names and set(found) <= names | parents
-
-
-def remove_partials(folder: Path) -> None:
-    """Delete what a killed process left half-written in ``folder``, and put back what it was about to replace."""
-    if Path(folder).is_dir():
-        for replaced in Path(folder).glob(f"{_REPLACED}*"):
-            for old in replaced.iterdir():
-                if not (Path(folder) / old.name).exists():
-                    os.replace(old, Path(folder) / old.name)
-            shutil.rmtree(replaced, ignore_errors=True)
-        for leftover in Path(folder).glob(f"{_PARTIAL}*"):
-            shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 
 def safe_name(name: Any, what: str, *, nested: bool = False) -> str:

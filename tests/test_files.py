@@ -17,7 +17,6 @@ from cognica_poe.files import (
     atomic_folder,
     disk_errors,
     read_json,
-    remove_partials,
     require_space,
     sha256_file,
     verify_manifest,
@@ -25,6 +24,7 @@ from cognica_poe.files import (
     write_json,
     write_manifest,
 )
+from cognica_poe.leftovers import sweep
 from tests.border.names import HOSTILE
 
 
@@ -123,9 +123,9 @@ def test_a_killed_process_leaves_no_folder_under_the_final_name(tmp_path):
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "step-1")]).returncode == 9
     assert len(names(tmp_path)) == 1 and not (tmp_path / "step-1").exists()
     (tmp_path / "kept").write_bytes(b"1")
-    remove_partials(tmp_path)
+    sweep(tmp_path)
     assert names(tmp_path) == ["kept"]
-    remove_partials(tmp_path / "nowhere")
+    sweep(tmp_path / "nowhere")
 
 
 @pytest.fixture

@@ -11,15 +11,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from cognica_poe.bench.processes import run_alone
+from cognica_poe.leftovers import scratch_folder
 from cognica_poe.modeling.configuration_cognica_poe import CognicaPoEConfig
 from cognica_poe.modeling.modeling_cognica_poe import CognicaPoEForCausalLM
 from cognica_poe.training.objective import Objective
@@ -42,8 +41,8 @@ class MemoryWorkload:
 
 def peak_bytes(run: Callable[[], object]) -> int:
     """Most bytes that tensors allocated inside ``run`` occupied at once (CPU)."""
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
+    with scratch_folder() as folder:
+        trace = folder / "trace.json"
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             run()
         profiler.export_chrome_trace(str(trace))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 
 from cognica_poe.data.build import build
 from cognica_poe.data.manifest import read_documents
+from cognica_poe.leftovers import scratch_folder
 
 
 def collect_texts(source: str, log: Callable[[str], None]) -> list[str]:
@@ -15,7 +14,7 @@ def collect_texts(source: str, log: Callable[[str], None]) -> list[str]:
 
     Raises UserError as :func:`cognica_poe.data.build.build`.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        data = Path(folder) / "data"
+    with scratch_folder() as folder:
+        data = folder / "data"
         build(source, data, val_fraction=0.0, val_min_bytes=1, log=log)
         return [document.text for split in ("train", "val") for document in read_documents(data, split)]

@@ -15,7 +15,6 @@ import contextlib
 import hashlib
 import os
 import re
-import shutil
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -32,13 +31,13 @@ from cognica_poe.files import (
     Manifest,
     atomic_folder,
     read_json,
-    remove_partials,
     require_space,
     sha256_file,
     verify_manifest,
     write_bytes,
 )
 from cognica_poe.files import write_json as write_json_file
+from cognica_poe.leftovers import partial_folder, sweep
 from cognica_poe.training.parallel.ranks import Ranks
 
 _STEP = re.compile(r"step-(\d+)")
@@ -98,8 +97,8 @@ class CheckpointFolder:
         self._failure: BaseException | None = None
 
     def recover(self) -> None:
-        """Remove what a killed run left half-written. Only for the one run that writes here."""
-        self.ranks.on_first(lambda: remove_partials(self.folder))
+        """Remove what a killed run left half-written."""
+        self.ranks.on_first(lambda: sweep(self.folder))
 
     def path(self, step: int) -> Path:
         """Folder of a step."""
@@ -214,7 +213,5 @@ class CheckpointFolder:
         """Delete steps."""
         if self.ranks.is_first:
             for step in steps:
-                doomed = self.folder / f".partial-doomed-{step}"  # a kill leaves no step folder with files missing
-                shutil.rmtree(doomed, ignore_errors=True)
-                os.replace(self.path(step), doomed)
-                shutil.rmtree(doomed, ignore_errors=True)
+                with partial_folder(self.folder / f"doomed-{step}") as doomed:
+                    os.replace(self.path(step), doomed / "doomed")  # a kill leaves no step with files missing

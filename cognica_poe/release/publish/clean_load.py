@@ -6,13 +6,13 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from cognica_poe.errors import UserError
+from cognica_poe.leftovers import scratch_folder
 
 _PROGRAM = """
 import json, sys
@@ -47,8 +47,8 @@ def logits_in_clean_process(
     from safetensors import safe_open
 
     where = {} if cache_dir is None else {"revision": revision, "cache_dir": str(Path(cache_dir).resolve())}
-    with tempfile.TemporaryDirectory() as scratch:
-        out = Path(scratch) / "out.safetensors"
+    with scratch_folder() as scratch:
+        out = scratch / "out.safetensors"
         job = {
             "source": str(Path(source).resolve()) if cache_dir is None else str(source),
             "where": {**where, "local_files_only": True},
@@ -57,7 +57,7 @@ def logits_in_clean_process(
             "out": str(out),
         }
         environment = {key: os.environ[key] for key in _KEPT if key in os.environ}
-        environment |= {"HF_HOME": scratch, "HF_MODULES_CACHE": f"{scratch}/modules", "HF_HUB_OFFLINE": "1"}
+        environment |= {"HF_HOME": str(scratch), "HF_MODULES_CACHE": f"{scratch}/modules", "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, "-I", "-c", _PROGRAM, json.dumps(job)]
         done = subprocess.run(command, cwd=scratch, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from pathlib import Path
 
 from cognica_poe.errors import UserError
@@ -21,13 +20,14 @@ from cognica_poe.files import (
     Manifest,
     atomic_folder,
     disk_errors,
-    remove_partials,
+    put_file,
     require_space,
     safe_name,
     sha256_file,
     verify_manifest,
     write_bytes,
 )
+from cognica_poe.leftovers import partial_file, sweep
 from cognica_poe.release.publish.tree import Tree, content_id, source_sha256
 
 
@@ -44,7 +44,7 @@ class HubFolder:
         for part in ("blobs", "refs", "snapshots"):
             with disk_errors(self.base):
                 (self.base / part).mkdir(parents=True, exist_ok=True)
-            remove_partials(self.base / part)
+            sweep(self.base / part)
 
     def refs(self) -> dict[str, str]:
         """``{name: commit}``. Raises UserError for a reference that names no commit."""
@@ -102,17 +102,9 @@ class HubFolder:
             write_bytes(blob, source)
             return digest
         require_space(blob, source.stat().st_size)
-        descriptor, partial = tempfile.mkstemp(dir=blob.parent, prefix=".partial-")
-        try:
-            with os.fdopen(descriptor, "wb") as out, open(source, "rb") as data:
-                shutil.copyfileobj(data, out, 1 << 20)
-                out.flush()
-                os.fsync(out.fileno())
-            os.chmod(partial, 0o644)
-            os.replace(partial, blob)
-        except BaseException:
-            Path(partial).unlink(missing_ok=True)
-            raise
+        with partial_file(blob.parent) as (out, partial), open(source, "rb") as data:
+            shutil.copyfileobj(data, out, 1 << 20)
+            put_file(out, partial, blob)
         return digest
 
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cognica_poe.errors import UserError
+from cognica_poe.leftovers import scratch_folder
 from cognica_poe.release.publish.tree import Tree, source_git_sha1, source_sha256
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class HubRepo:
 
     def read(self, commit: str, name: str) -> bytes:
         """One (small) file of a revision."""
-        with self._errors(f"read {name} at {commit[:12]} of"), tempfile.TemporaryDirectory() as folder:
+        with self._errors(f"read {name} at {commit[:12]} of"), scratch_folder() as folder:
             path = self._api.hf_hub_download(self.repo_id, name, revision=commit, local_dir=folder)
             with open(path, "rb") as file:
                 return file.read()

@@ -16,6 +16,7 @@ from typing import Protocol
 
 from cognica_poe.errors import UserError
 from cognica_poe.files import MANIFEST, Manifest, safe_name
+from cognica_poe.leftovers import scratch_folder
 from cognica_poe.recipe.rules import REPO_ID
 from cognica_poe.release.export import Release, check_release
 from cognica_poe.release.publish.clean_load import logits_in_clean_process
@@ -185,13 +186,11 @@ def _publish_main(hub: Hub, releases: dict[int, Release], steps: dict[int, Publi
 
 def _extend_main(hub: Hub, steps: dict[int, Published]) -> str:
     """``main`` where the latest step is not among the folders at hand: its files are read from the hub."""
-    import tempfile
-
     latest = steps[max(steps)]
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch_folder() as scratch:
         for name in [*latest.digests, MANIFEST]:
             flat = safe_name(name, f"step-{latest.step} at {hub.where}: file name")
-            (Path(scratch) / flat).write_bytes(hub.read(latest.commit, flat))
-        tree = main_tree(check_release(Path(scratch)), list(steps.values()))
+            (scratch / flat).write_bytes(hub.read(latest.commit, flat))
+        tree = main_tree(check_release(scratch), list(steps.values()))
         head = hub.refs().get("main")
         return head if head and hub.holds(head, tree) else hub.put("main", tree)

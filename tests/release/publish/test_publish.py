@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from cognica_poe.errors import UserError
 from cognica_poe.files import MANIFEST, Manifest, sha256_file, verify_manifest, write_manifest
+from cognica_poe.leftovers import PREFIX
 from cognica_poe.release.export import check_release
 from cognica_poe.release.publish import hub_folder
 from cognica_poe.release.publish.clean_load import logits_in_clean_process
@@ -142,7 +143,7 @@ def test_a_killed_publication_leaves_no_half_revision_and_is_finished_by_the_nex
         for name, commit in hub_now.refs().items():
             verify_manifest(hub_now.snapshot(commit))
             assert name in ("main", "step-0", "step-100", "step-300")
-        (hub_now.base / "blobs" / ".partial-left").write_text("x")
+        (hub_now.base / "blobs" / f"{PREFIX}left").write_text("x")
         assert publish(releases, f"file:{folder}", REPO).revisions == publication.revisions
         assert not list(hub_now.base.rglob(".partial-*"))
 
