@@ -88,10 +88,11 @@ def train_tokenizer(
         vocab_size: Tokens, 9 specials included.
         max_bytes: Train on at most this much text.
     """
-    from cognica_poe.data.manifest import read_documents
+    from cognica_poe.data.manifest import load_manifest, read_documents
     from cognica_poe.data.tokenizer import train_tokenizer
     from cognica_poe.files import require_apart
 
     require_apart(out, data)
-    train_tokenizer((d.text for d in read_documents(data, "train")), vocab_size, out, max_bytes=max_bytes, log=log)
+    texts, made_from = (d.text for d in read_documents(data, "train")), {"data": load_manifest(data).sha256}
+    train_tokenizer(texts, vocab_size, out, max_bytes=max_bytes, made_from=made_from, log=log)
     print(out)

@@ -9,14 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from cognica_poe.errors import UserError
-from cognica_poe.files import atomic_folder, read_json, require_replaceable, write_json
+from cognica_poe.files import Manifest, atomic_folder, read_json, require_replaceable, write_json
+from cognica_poe.seals import require_sha256
 
 SPECIAL_TOKENS = (
     "<|bos|>",
@@ -36,6 +37,7 @@ SPLIT_PATTERN = (  # GPT-4's, with digit groups of one or two
 )
 MAX_VOCAB = 65536
 """Most token ids: packed rows are uint16."""
+_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _LONG_TEXT = 20000  # characters
 _LONG_SPACE = re.compile(r"\s{20000}")  # tiktoken's regular expressions run out of stack on much longer runs
 
@@ -73,6 +75,7 @@ class Tokenizer:
                 f"(at most {MAX_VOCAB}, no gaps); make it with tokenizer train"
             )
         self.special_ids = special
+        self.made_from: Mapping[str, str] = {}  # what its manifest says
         self.sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
         self._bytes: list[bytes] = [b""] * self.vocab_size
         for token, index in ranks.items():
@@ -117,9 +120,27 @@ class Tokenizer:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Load a tokenizer folder (or the folder of the given ``tokenizer.json``). Raises UserError as ``Tokenizer``."""
+    """Load a tokenizer or release folder of ours (or that of the given ``tokenizer.json``).
+
+    Raises UserError as ``Tokenizer``, and for a file of it that differs from the folder's manifest.
+    """
     path = Path(path)
-    return Tokenizer(path.parent if path.name == "tokenizer.json" else path)
+    folder = path.parent if path.name == "tokenizer.json" else path
+    made_from = _compare(folder)
+    tokenizer = Tokenizer(folder)
+    tokenizer.made_from = made_from
+    return tokenizer
+
+
+def _compare(folder: Path) -> Mapping[str, str]:
+    """Raise UserError unless the tokenizer's files are what the manifest lists; returns what it was made from."""
+    if not (folder / _FILES[0]).is_file():
+        raise UserError(f"tokenizer not found: {folder / _FILES[0]}")
+    remedy = "restore it or make it with tokenizer train"
+    manifest = Manifest.read(folder, remedy)
+    for name in _FILES:
+        require_sha256(folder / name, manifest.digests.get(name, "of no listed file"), "tokenizer", remedy)
+    return manifest.made_from
 
 
 def train_tokenizer(
@@ -128,12 +149,13 @@ def train_tokenizer(
     out: Path,
     *,
     max_bytes: int = 200_000_000,
+    made_from: Mapping[str, str] | None = None,
     log: Callable[[str], None] = lambda line: None,
 ) -> Tokenizer:
     """Train on at most ``max_bytes`` of ``texts`` and save to ``out``. Deterministic.
 
-    Raises UserError if ``out`` holds anything but a tokenizer of ours, or if ``vocab_size`` does not fit uint16 rows,
-    leaves no room for merges, or is not reached.
+    ``made_from`` goes into its manifest. Raises UserError if ``out`` holds anything but a tokenizer of ours, or if
+    ``vocab_size`` does not fit uint16 rows, leaves no room for merges, or is not reached.
     """
     require_replaceable(Path(out), "tokenizer")
     from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
@@ -171,7 +193,7 @@ def train_tokenizer(
     backend.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, bos_id)]
     )
-    with atomic_folder(Path(out), "tokenizer") as folder:
+    with atomic_folder(Path(out), "tokenizer", made_from=made_from) as folder:
         _write_tokenizer(backend.to_str(pretty=True), folder)
     tokenizer = load_tokenizer(out)
     log(f"tokenizer: {tokenizer.vocab_size} tokens, {BOS} is {tokenizer.bos_id}, saved to {out}")
@@ -203,6 +225,7 @@ def _write_tokenizer(tokenizer_json: str, folder: Path, model_max_length: int | 
 
 def export_tokenizer(tokenizer: Path, release: Path, model_max_length: int) -> None:
     """Write the files of the ``tokenizer`` folder into ``release``, a folder in the making, with the context length."""
+    _compare(Path(tokenizer))
     described = read_json(Path(tokenizer) / "tokenizer.json", "tokenizer")
     _write_tokenizer(json.dumps(described, indent=2, ensure_ascii=False), Path(release), model_max_length)
 

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from cognica_poe.data.tokenizer import BOS, SPECIAL_TOKENS, Tokenizer, export_tokenizer, load_tokenizer, train_tokenizer
 from cognica_poe.errors import UserError
-from cognica_poe.files import MANIFEST, Manifest, verify_manifest
+from cognica_poe.files import MANIFEST, Manifest, verify_manifest, write_manifest
 
 ALPHABETS = [
     "ab",
@@ -135,7 +135,7 @@ def test_auto_tokenizer_survives_saving_again(automatic, tmp_path):
     automatic.save_pretrained(tmp_path)
     again = AutoTokenizer.from_pretrained(tmp_path)
     assert again("  ba ko").input_ids == automatic("  ba ko").input_ids
-    assert load_tokenizer(tmp_path).encode("  ba ko") == again("  ba ko", add_special_tokens=False).input_ids
+    assert Tokenizer(tmp_path).encode("  ba ko") == again("  ba ko", add_special_tokens=False).input_ids
 
 
 def test_export_sets_the_context_length(tokenizer, tmp_path):
@@ -145,6 +145,7 @@ def test_export_sets_the_context_length(tokenizer, tmp_path):
     exported = AutoTokenizer.from_pretrained(tmp_path / "release")
     assert exported.model_max_length == 2048
     assert exported("bako").input_ids == [tokenizer.bos_id, *tokenizer.encode("bako")]
+    write_manifest(tmp_path / "release", "release")
     assert load_tokenizer(tmp_path / "release").sha256 == tokenizer.sha256
 
 
@@ -175,12 +176,32 @@ def test_sizes_that_cannot_be(size, words, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_every_file_is_compared_and_the_data_named(tokenizer, tmp_path):
+    out = tmp_path / "t"
+    texts = ["ba ko mi ra lu bako bako mira " * 10]
+    assert train_tokenizer(texts, 268, out, made_from={"data": "1" * 64}).made_from == {"data": "1" * 64}
+    for file in out.iterdir():
+        data = file.read_bytes()
+        for at in (0, len(data) // 2, len(data) - 3):
+            file.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+            with pytest.raises(UserError, match=f"{out}") as caught:
+                load_tokenizer(out)
+            assert "\n" not in str(caught.value) and "tokenizer train" in str(caught.value)
+            (tmp_path / "release").mkdir(exist_ok=True)
+            with pytest.raises(UserError, match=f"{out}"):
+                export_tokenizer(out, tmp_path / "release", 64)
+        file.write_bytes(data)
+    assert load_tokenizer(out).vocab_size == 268
+
+
 def test_files_that_are_no_tokenizer(tokenizer, tmp_path):
     with pytest.raises(UserError, match="not found"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match="not a byte-level BPE"):
+    with pytest.raises(UserError, match=r"has no MANIFEST\.sha256"):
         load_tokenizer(tmp_path)
+    with pytest.raises(UserError, match="not a byte-level BPE"):
+        Tokenizer(tmp_path)
     described = json.loads((tokenizer.folder / "tokenizer.json").read_text())
     described["added_tokens"] = described["added_tokens"][1:]  # no BOS
     (tmp_path / "tokenizer.json").write_text(json.dumps(described))
