@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Annotated
 
-from cognica_poe.cli.arguments import Flag, ReleaseFolder, RunFolder
+from cognica_poe.cli.arguments import Flag, Naturals, ReleaseFolder, RunFolder
 from cognica_poe.cli.output import print_json, print_records, print_table
 from cognica_poe.cli.progress import log
 from cognica_poe.errors import UserError
+from cognica_poe.recipe.fields import Range
 
 
-def analyze(run: RunFolder, step: tuple[int, ...] = (), json: Flag = False) -> None:
+def analyze(run: RunFolder, step: Naturals = (), json: Flag = False) -> None:
     """Measure checkpoints of a run; records land in RUN/analysis.
 
     Args:
@@ -31,7 +33,9 @@ def analyze(run: RunFolder, step: tuple[int, ...] = (), json: Flag = False) -> N
     print_records(records)
 
 
-def calibrate(checkpoint: ReleaseFolder, text: Path, tokens: int = 131_072, json: Flag = False) -> None:
+def calibrate(
+    checkpoint: ReleaseFolder, text: Path, tokens: Annotated[int, Range(1, 2**40)] = 131_072, json: Flag = False
+) -> None:
     """WAND p99 bounds of a release folder on text of your own.
 
     Args:

@@ -1,16 +1,21 @@
-"""How arguments are named in help texts: RUN, CHECKPOINT and N instead of the names of Python's types."""
+"""How arguments are named in help texts, RUN, CHECKPOINT and N instead of the names of Python's types; their ranges."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 import types
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias, Union, get_args
+from typing import Annotated, Any, TypeAlias, Union, get_args, get_type_hints
 
 import tyro
 from tyro.conf import Positional
 
-from cognica_poe.recipe.fields import Recipe
+from cognica_poe.errors import UserError
+from cognica_poe.recipe.fields import LONGEST_CONTEXT, Range, Recipe
+from cognica_poe.recipe.rules import check, require_ranges
 
 RunFolder: TypeAlias = Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
 RunFolders: TypeAlias = Positional[Annotated[tuple[Path, ...], tyro.conf.arg(metavar="RUN [RUN ...]")]]
@@ -25,6 +30,18 @@ RecipeFields: TypeAlias = Annotated[Recipe, tyro.conf.arg(name="")]
 Flag: TypeAlias = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 """A switch; only the side that is not the default is an option."""
 
+Count: TypeAlias = Annotated[int, Range(1, 1_000_000)]
+"""How many of something."""
+Counts: TypeAlias = Annotated[tuple[int, ...], Range(1, 1024)]
+Length: TypeAlias = Annotated[int, Range(1, LONGEST_CONTEXT)]
+"""Tokens of a text or row."""
+Natural: TypeAlias = Annotated[int, Range(0)]
+"""A step, a seed, an epoch."""
+Naturals: TypeAlias = Annotated[tuple[int, ...], Range(0)]
+Positive: TypeAlias = Annotated[int, Range(1)]
+"""Bytes or tokens, without a bound but that of 64 bits."""
+Share: TypeAlias = Annotated[float, Range(0, 1)]
+
 METAVARS = {int: "N", float: "X", str: "TEXT"}
 
 
@@ -33,7 +50,70 @@ def named_types() -> tyro.constructors.ConstructorRegistry:
     registry = tyro.constructors.ConstructorRegistry()
     registry.primitive_rule(_number_or_text)
     registry.primitive_rule(_optional)
+    reading: list[Any] = []  # types whose fields the library's own rules are asked for
+
+    @registry.struct_rule
+    def with_ranges(info: tyro.constructors.StructTypeInfo) -> tyro.constructors.StructConstructorSpec | None:
+        """Fields of a dataclass, with the ranges that :func:`cognica_poe.recipe.fields.setting` gave them."""
+        if not dataclasses.is_dataclass(info.type) or info.type in reading:
+            return None
+        reading.append(info.type)
+        spec = tyro.constructors.ConstructorRegistry.get_struct_spec(info)
+        reading.remove(info.type)
+        if not isinstance(spec, tyro.constructors.StructConstructorSpec):
+            return None
+        ranges = {field.name: field.metadata.get("range", Range()) for field in dataclasses.fields(info.type)}
+        fields = (dataclasses.replace(f, type=_with_hint(f.type, ranges[f.name], f.default)) for f in spec.fields)
+        return dataclasses.replace(spec, fields=tuple(fields))
+
     return registry
+
+
+def with_ranges_in_help(command: Callable[..., Any]) -> Callable[..., Any]:
+    """``command``, whose help says what its numbers may be."""
+
+    @functools.wraps(command)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return command(*args, **kwargs)
+
+    parameters = inspect.signature(command).parameters
+    call.__annotations__ = {
+        name: _with_hint(hint, _range_of(hint), parameters[name].default) if name in parameters else hint
+        for name, hint in get_type_hints(command, include_extras=True).items()
+    }
+    return call
+
+
+def _range_of(hint: Any) -> Range | None:
+    return next((extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, Range)), None)
+
+
+def _with_hint(hint: Any, range_: Range | None, default: Any) -> Any:
+    """``hint`` with a help text that ends in the default and the range, where there is a range and it is of numbers."""
+    if range_ is None or not str(range_) or not _numbers(hint):
+        return hint
+
+    def say(shown: str) -> str:
+        return f"(required; {range_})" if default is inspect.Parameter.empty else f"(default: {shown}; {range_})"
+
+    return Annotated[hint, tyro.conf.arg(help_behavior_hint=say)]
+
+
+def _numbers(hint: Any) -> bool:
+    """Whether ``hint`` is a number, several, or one that may be None."""
+    return hint in (int, float) or any(map(_numbers, get_args(hint)))
+
+
+def require_options(name: str, call: functools.partial[None]) -> None:
+    """Raise UserError for a number of a parsed call of command ``name`` that is out of its range."""
+    hints = get_type_hints(inspect.unwrap(call.func), include_extras=True)
+    for parameter, value in inspect.signature(call.func).bind(*call.args, **call.keywords).arguments.items():
+        if isinstance(value, Recipe):
+            check(value)
+        elif dataclasses.is_dataclass(value):
+            require_ranges(value, f"{name}: --")
+        elif problem := (_range_of(hints[parameter]) or Range(None)).problem(value):
+            raise UserError(f"{name}: --{parameter.replace('_', '-')} {problem}")
 
 
 def _number_or_text(

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
-from cognica_poe.cli.arguments import Checkpoint, Flag
+from cognica_poe.cli.arguments import Checkpoint, Count, Counts, Flag, Length, Share
 from cognica_poe.cli.output import print_json, print_table
 from cognica_poe.cli.progress import log
 from cognica_poe.errors import UserError
+from cognica_poe.recipe.fields import Range
 
 Mode = Literal["none", "flat", "hier"]
+Vocabulary: TypeAlias = Annotated[int, Range(1, 2**20)]
 Dtype = Literal["float32", "bfloat16"]
 
 
@@ -20,12 +22,12 @@ def bench_train(
     dtypes: tuple[Dtype, ...] = (),
     nanochat: Path | None = None,
     compile: Literal["auto", "on", "off"] = "auto",
-    rounds: int = 3,
-    steps: int = 2,
-    rows: int = 32,
-    micro_rows: int = 8,
-    vocab: int = 32_768,
-    length: int = 512,
+    rounds: Count = 3,
+    steps: Count = 2,
+    rows: Count = 32,
+    micro_rows: Count = 8,
+    vocab: Vocabulary = 32_768,
+    length: Length = 512,
     freed_memory: Literal["kept", "given-back"] = "kept",
     json: Flag = False,
 ) -> None:
@@ -51,9 +53,8 @@ def bench_train(
     """
     from cognica_poe.bench import training
 
-    _require_positive("bench train", rounds=rounds, steps=steps, rows=rows, length=length, vocab=vocab)
     micro_rows = min(micro_rows, rows)
-    if micro_rows < 1 or rows % micro_rows:
+    if rows % micro_rows:
         raise UserError(f"bench train: --rows {rows} is no multiple of --micro-rows {micro_rows}")
     if compile == "on" and not training.can_compile():
         raise UserError("bench train: --compile on needs a C++ compiler (g++ or clang++); install one")
@@ -73,12 +74,6 @@ def bench_train(
     if json:
         return print_json({"rows": found, "skipped": skipped})
     print_training(found, f"training, {rows} x {length} tokens per step, medians of {rounds} processes")
-
-
-def _require_positive(command: str, **values: int) -> None:
-    for name, value in values.items():
-        if value < 1:
-            raise UserError(f"{command}: --{name.replace('_', '-')} is {value}; it must be at least 1")
 
 
 def print_training(found: list[dict[str, Any]], title: str) -> None:
@@ -101,11 +96,11 @@ def print_training(found: list[dict[str, Any]], title: str) -> None:
 
 
 def bench_memory(
-    width: int = 128,
-    vocab: int = 512,
-    length: int = 256,
-    rows: int = 4,
-    layers: tuple[int, ...] = (16, 6, 5, 5),
+    width: Annotated[int, Range(32, 2**14)] = 128,
+    vocab: Vocabulary = 512,
+    length: Length = 256,
+    rows: Count = 4,
+    layers: Counts = (16, 6, 5, 5),
     json: Flag = False,
 ) -> None:
     """Peak activation memory of one backward pass under each objective, in fp32 on the processor.
@@ -120,7 +115,8 @@ def bench_memory(
     """
     from cognica_poe.bench import memory
 
-    _require_positive("bench memory", width=width, vocab=vocab, length=length, rows=rows, layers=min(layers, default=0))
+    if not layers:
+        raise UserError("bench memory: --layers names no stage; give the layers of at least one")
     if width % 32:
         raise UserError(f"bench memory: --width is {width}; it must be a multiple of 32")
     workload = memory.MemoryWorkload(width, vocab, length, rows, layers)
@@ -136,19 +132,19 @@ def bench_memory(
 def bench_decode(
     checkpoint: Checkpoint,
     text: Path | None = None,
-    prompts: int = 20,
-    prompt_tokens: int = 32,
-    new_tokens: int = 128,
-    batch: int = 1,
-    k_draft: tuple[int, ...] = (4, 7),
+    prompts: Count = 20,
+    prompt_tokens: Length = 32,
+    new_tokens: Length = 128,
+    batch: Annotated[int, Range(1, 4096)] = 1,
+    k_draft: Counts = (4, 7),
     drafters: tuple[Literal["stage", "int8", "int4", "lookup"], ...] = ("stage", "int8", "int4", "lookup"),
     dtype: Dtype = "bfloat16",
     compile: Flag = False,
-    width: int | None = None,
-    rounds: int = 3,
+    width: Annotated[int | None, Range(1, 64)] = None,
+    rounds: Count = 3,
     peers: Flag = True,
-    threads: int | None = None,
-    synthetic_acceptance: float = 0.98,
+    threads: Annotated[int | None, Range(1, 1024)] = None,
+    synthetic_acceptance: Share = 0.98,
     json: Flag = False,
 ) -> None:
     """Decoding speed of every mode and drafter against our own cached greedy decoding, in one interleaved run.
@@ -180,8 +176,8 @@ def bench_decode(
     from cognica_poe.bench.training import can_compile
     from cognica_poe.training.precision import default_device
 
-    sizes = {"prompts": prompts, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "batch": batch}
-    _require_positive("bench decode", **sizes, rounds=rounds, k_draft=min(k_draft, default=0))
+    if not k_draft:
+        raise UserError("bench decode: --k-draft names no draft length; give at least one")
     if compile and not can_compile():
         raise UserError("bench decode: --compile needs a C++ compiler (g++ or clang++); install one")
     if threads is not None:

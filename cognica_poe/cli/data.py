@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Annotated, TypeAlias
 
-from cognica_poe.cli.arguments import DataFolder, Flag, MixName, RunFolder
+from cognica_poe.cli.arguments import DataFolder, Flag, MixName, Natural, Positive, RunFolder
 from cognica_poe.cli.output import as_dicts, print_json, print_table
 from cognica_poe.cli.progress import log
 from cognica_poe.errors import UserError
-from cognica_poe.recipe.fields import DataRecipe
+from cognica_poe.recipe.fields import LONGEST_CONTEXT, DataRecipe, Range
+from cognica_poe.recipe.rules import LARGEST_VOCABULARY
+
+RowLength: TypeAlias = Annotated[int, Range(4, LONGEST_CONTEXT + 1)]
+Vocabulary: TypeAlias = Annotated[int, Range(266, LARGEST_VOCABULARY)]
 
 
 def build_data(
     mix: MixName,
     out: Path,
-    val_fraction: float = DataRecipe.val_fraction,
-    val_min_bytes: int = DataRecipe.val_min_bytes,
-    max_bytes: int | None = DataRecipe.max_bytes,
-    seed: int = DataRecipe.seed,
+    val_fraction: Annotated[float, Range(0, 0.5)] = DataRecipe.val_fraction,
+    val_min_bytes: Positive = DataRecipe.val_min_bytes,
+    max_bytes: Annotated[int | None, Range(1)] = DataRecipe.max_bytes,
+    seed: Natural = DataRecipe.seed,
 ) -> None:
     """Collect a mix, or local files, into parquet shards with a manifest; the same as a run's with the same options.
 
@@ -39,7 +44,7 @@ def build_data(
     print_table(f"data in {out}", ["split", "documents", "bytes"], rows)
 
 
-def pack_rows(data: DataFolder, tokenizer: Path, out: Path, row_len: int = 2049, epoch: int = 0) -> None:
+def pack_rows(data: DataFolder, tokenizer: Path, out: Path, row_len: RowLength = 2049, epoch: Natural = 0) -> None:
     """Pack one epoch of a data folder into uint16 rows.
 
     Args:
@@ -57,8 +62,10 @@ def pack_rows(data: DataFolder, tokenizer: Path, out: Path, row_len: int = 2049,
     print_table(f"rows in {out}", ["fact", "value"], facts)
 
 
-def which_docs(run: RunFolder, step: int, json: Flag = False) -> None:
+def which_docs(run: RunFolder, step: Natural, json: Flag = False) -> None:
     """List the documents that an optimiser step of a run reads (0-based).
+
+    Epochs that the run has not packed yet are packed into RUN/rows, where it will look for them.
 
     Args:
         run: Run folder.
@@ -67,9 +74,12 @@ def which_docs(run: RunFolder, step: int, json: Flag = False) -> None:
     """
     from cognica_poe import pipeline
 
-    if step < 0:
-        raise UserError(f"which-docs: step is {step}; steps count from 0")
     recipe = pipeline.read_recipe(run)
+    if step >= recipe.training.steps:
+        raise UserError(
+            f"data which-docs: --step is {step}; {run} has {recipe.training.steps} steps, the last one is "
+            f"{recipe.training.steps - 1}"
+        )
     pieces = pipeline.open_rows(run, recipe, log).documents(step, recipe.training.batch_rows)
     if json:
         return print_json(as_dicts(pieces))
@@ -78,7 +88,7 @@ def which_docs(run: RunFolder, step: int, json: Flag = False) -> None:
 
 
 def train_tokenizer(
-    data: DataFolder, out: Path, vocab_size: int = 32_768, max_bytes: int = DataRecipe.tokenizer_bytes
+    data: DataFolder, out: Path, vocab_size: Vocabulary = 32_768, max_bytes: Positive = DataRecipe.tokenizer_bytes
 ) -> None:
     """Train the byte-level BPE tokenizer on a data folder.
 

@@ -19,7 +19,7 @@ import tyro
 
 from cognica_poe import __version__
 from cognica_poe.cli import analysis, bench, data, inference, release, training
-from cognica_poe.cli.arguments import RecipeName, named_types
+from cognica_poe.cli.arguments import RecipeName, named_types, require_options, with_ranges_in_help
 from cognica_poe.cli.progress import log, quiet_transformers
 from cognica_poe.errors import TrainingStopped, UserError
 from cognica_poe.files import safe_name
@@ -85,11 +85,13 @@ def parse(words: Sequence[str]) -> Callable[[], None]:
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            return tyro.cli(parser, prog="cognica-poe", args=words, description=TREE.about, registry=named_types())
+            call = tyro.cli(parser, prog="cognica-poe", args=words, description=TREE.about, registry=named_types())
     except SystemExit as end:
         if not end.code:
             raise
-    raise UserError(_mistake(path, node, words[len(path) :], errors.getvalue()))
+        raise UserError(_mistake(path, node, words[len(path) :], errors.getvalue())) from None
+    require_options(" ".join(path), call)
+    return call
 
 
 def _follow(words: Sequence[str]) -> tuple[Words, Command | Group]:
@@ -124,7 +126,9 @@ def _parser(group: Group, words: Sequence[str], path: Words, wanted: Words) -> A
 def _later(command: Command) -> Command:
     """``command`` to parsers; when called, only the call: what a command prints or raises is not the parser's."""
 
-    @functools.wraps(command)
+    described = with_ranges_in_help(command)
+
+    @functools.wraps(described)
     def call(*args: Any, **kwargs: Any) -> Callable[[], None]:
         return functools.partial(command, *args, **kwargs)
 

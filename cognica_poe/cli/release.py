@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from cognica_poe.cli.arguments import Flag, RunFolder, RunFolders
+from cognica_poe.cli.arguments import Flag, Natural, RunFolder, RunFolders
 from cognica_poe.cli.output import print_json, print_table
 from cognica_poe.cli.progress import log
 from cognica_poe.errors import UserError
 
 
-def export(run: RunFolder, step: int, out: Path | None = None) -> None:
+def export(run: RunFolder, step: Natural, out: Path | None = None) -> None:
     """Write the release folder of a measured step.
 
     Args:

@@ -60,8 +60,8 @@ def build(
     """
     out = Path(out)
     require_replaceable(out, "data")
-    if not 0 <= val_fraction < 0.5 or (max_bytes is not None and max_bytes <= 0):
-        raise UserError(f"val_fraction {val_fraction} must be in [0, 0.5) and max_bytes {max_bytes} positive")
+    if not 0 <= val_fraction <= 0.5 or (max_bytes is not None and max_bytes <= 0):
+        raise UserError(f"val_fraction {val_fraction} must be in [0, 0.5] and max_bytes {max_bytes} positive")
     if val_min_bytes < 1:
         raise UserError(f"val_min_bytes {val_min_bytes} must be at least 1")
     given = _open(str(mix_or_path), out, max_bytes, seed, log)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import math
 import os
 from dataclasses import dataclass
 
 from cognica_poe.errors import UserError
-from cognica_poe.recipe.fields import Recipe
+from cognica_poe.recipe.fields import Recipe, setting
+from cognica_poe.recipe.rules import require_ranges
 
 
 @dataclass(frozen=True)
@@ -39,17 +39,17 @@ GPUS = {
 class Cluster:
     """Where the run takes place."""
 
-    gpus: int = 1
+    gpus: int = setting(1, low=1, high=1_000_000)
     """Ranks, one per GPU."""
     gpu: str = "a100-80g"
     """Device, or "here" to measure this machine's; an unknown name lists the known ones."""
-    nodes: int | None = None
+    nodes: int | None = setting(None, low=1, high=1_000_000)
     """Nodes; as few as hold at most eight GPUs each when omitted."""
-    network_gbit: float = 25.0
+    network_gbit: float = setting(25.0, above=True, high=1_000_000)
     """Gbit/s per direction between two nodes."""
-    mfu: float = 0.4
+    mfu: float = setting(0.4, above=True, high=1)
     """Share of the bf16 peak that forward and backward reach while they compute."""
-    micro_rows: int | None = None
+    micro_rows: int | None = setting(None, low=1)
     """Rows of one forward and backward on a rank; the most that fit, up to the recipe's, when omitted."""
 
 
@@ -81,24 +81,16 @@ def measure_here() -> Gpu:
 
 
 def check_world(recipe: Recipe, cluster: Cluster) -> int:
-    """Number of nodes. Raises UserError when rows or GPUs cannot be split evenly."""
+    """Number of nodes. Raises UserError for a number out of its range, and rows or GPUs that cannot be split evenly."""
     rows, gpus = recipe.training.batch_rows, cluster.gpus
-    if gpus < 1:
-        raise UserError(f"plan: --gpus is {gpus}; it must be at least 1")
-    for name, value in (("--network-gbit", cluster.network_gbit), ("--mfu", cluster.mfu)):
-        if not 0 < value < math.inf:
-            raise UserError(f"plan: {name} is {value}; it must be a positive number")
-    if cluster.mfu > 1:
-        raise UserError(f"plan: --mfu is {cluster.mfu}; it is a share of the peak, between 0 and 1")
-    if cluster.micro_rows is not None and cluster.micro_rows < 1:
-        raise UserError(f"plan: --micro-rows is {cluster.micro_rows}; it must be at least 1")
+    require_ranges(cluster, "plan: --")
     if rows % gpus:
         below = max(n for n in range(1, gpus) if rows % n == 0)
         above = next((n for n in range(gpus + 1, rows + 1) if rows % n == 0), None)
         choice = f"{below} or {above}" if above else f"{below}"
         raise UserError(f"plan: {rows} rows per step cannot be split over {gpus} GPUs; use --gpus {choice}")
     nodes = cluster.nodes or next(n for n in range(1, gpus + 1) if gpus % n == 0 and gpus // n <= 8)
-    if nodes < 1 or gpus % nodes:
+    if gpus % nodes:
         *fitting, last = [str(n) for n in range(1, gpus + 1) if gpus % n == 0]
         choice = f"{', '.join(fitting)} or {last}" if fitting else last
         raise UserError(f"plan: {gpus} GPUs cannot be spread over {nodes} nodes evenly; use --nodes {choice}")

@@ -6,10 +6,47 @@ A field's metadata say what it may be and whether a resumed run may change it (:
 from __future__ import annotations
 
 import dataclasses
+import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
 LOG_STEPS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+LONGEST_CONTEXT = 2**20
+"""Tokens of a context, far beyond what any recipe here has."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """What a number may be: finite, of 64 bits, and within bounds. ``str()`` says it in words."""
+
+    low: float | None = 0
+    high: float | None = None
+    above: bool = False
+    """``low`` itself is too little."""
+
+    def problem(self, value: Any) -> str | None:
+        """What ``value``, or the first wrong one of several, is and must be; None for sound ones and no numbers."""
+        if isinstance(value, tuple):
+            return next(filter(None, map(self.problem, value)), None)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return None
+        largest = 2**63 - 1 if isinstance(value, int) else sys.float_info.max
+        low = -largest if self.low is None else self.low
+        high = largest if self.high is None else self.high
+        if low <= value <= high and not (self.above and value == low):  # false for NaN
+            return None
+        shown = str(value) if len(str(value)) <= 24 else f"{str(value)[:16]}..."
+        if self.high is None and value > high:
+            return f"is {shown}; that is too large"
+        wanted = f"at most {self.high:,}" if value > high else str(Range(self.low, None, self.above))
+        return f"is {shown}; it must be {wanted or 'a number'}"
+
+    def __str__(self) -> str:
+        if self.low is not None and self.high is not None and not self.above:
+            return f"{self.low} to {self.high}"
+        low = "" if self.low is None else f"{'above' if self.above else 'at least'} {self.low}"
+        high = "" if self.high is None else f"at most {self.high}"
+        return ", ".join(filter(None, (low, high)))
 
 
 def setting(
@@ -17,41 +54,42 @@ def setting(
     *,
     low: float | None = 0,
     high: float | None = None,
+    above: bool = False,
     resume: bool = False,
 ) -> Any:
     """A field with its rules.
 
     Args:
         default: its value where a recipe says nothing; a field without one must be given.
-        low, high: least and greatest number; ``None`` for no bound. Fields without :func:`setting` start at 0.
+        low, high, above: the :class:`Range` of a number. Fields without :func:`setting` start at 0.
         resume: a resumed run may have another value.
     """
-    return dataclasses.field(default=default, metadata={"low": low, "high": high, "resume": resume})
+    return dataclasses.field(default=default, metadata={"range": Range(low, high, above), "resume": resume})
 
 
 @dataclass(frozen=True)
 class ModelRecipe:
     """Shape and objective; the fields carry the names of the released config."""
 
-    vocab_size: int = setting(32768, low=266)
+    vocab_size: int = setting(32768, low=266, high=2**20)
     """Tokens of the vocabulary, 9 specials included."""
-    hidden_size: int = 2048
-    intermediate_size: int = 12800
-    num_hidden_layers: int = 32
-    num_attention_heads: int = 16
-    num_key_value_heads: int = 8
-    head_dim: int = 128
-    max_position_embeddings: int = setting(2048, low=8)
+    hidden_size: int = setting(2048, low=1, high=2**17)
+    intermediate_size: int = setting(12800, low=1, high=2**20)
+    num_hidden_layers: int = setting(32, low=1, high=1024)
+    num_attention_heads: int = setting(16, low=1, high=1024)
+    num_key_value_heads: int = setting(8, low=1, high=1024)
+    head_dim: int = setting(128, low=1, high=2**12)
+    max_position_embeddings: int = setting(2048, low=8, high=LONGEST_CONTEXT)
     """Context length in tokens; also the row length of training."""
     window_pattern: str = "SSSL"
     """S short, L long window, tiled over the layers; the last layer is always long."""
-    short_window: int | None = None
+    short_window: int | None = setting(None, low=1, high=LONGEST_CONTEXT)
     """Tokens before itself that a short layer sees; a quarter of the context, rounded up to 128, when omitted."""
     poe_mode: Literal["flat", "hier", "none"] = "flat"
     """flat: local losses; hier: deep supervision; none: ordinary backprop."""
-    poe_alpha: float = setting(0.0, low=None)
+    poe_alpha: float = setting(0.0, low=-10, high=10)
     """Exponent of the number of experts, in the loss and in the pool."""
-    poe_stage_layers: tuple[int, ...] = (16, 6, 5, 5)
+    poe_stage_layers: tuple[int, ...] = setting((16, 6, 5, 5), low=1, high=1024)
     """Layers of every stage."""
     per_stage_head: bool = True
     """Every stage has a head of its own beside the shared one."""
@@ -63,15 +101,15 @@ class DataRecipe:
 
     mix: str = "frontier_v1"
     """Name of a mix, or path of a folder or file of parquet, jsonl or text."""
-    val_fraction: float = setting(0.02, high=1)
+    val_fraction: float = setting(0.02, high=0.5)
     """Share of the documents held out for validation."""
     val_min_bytes: int = setting(200_000, low=1)
     """Hold out at least this much text."""
-    max_bytes: int | None = None
+    max_bytes: int | None = setting(None, low=1)
     """Stop reading after this many bytes of text."""
     case_aug_prob: float = setting(0.15, high=1)
     """Probability that a document is lower-cased (80 %) or upper-cased (20 %) in an epoch."""
-    tokenizer_bytes: int = 60_000_000
+    tokenizer_bytes: int = setting(60_000_000, low=1)
     """Text the tokenizer is trained on, in bytes."""
     seed: int = 0
 
@@ -84,13 +122,13 @@ class ScheduleRecipe:
     """Steps of linear warm-up."""
     warmdown_ratio: float = setting(0.65, high=1, resume=True)
     """Share of all steps spent in the linear warm-down."""
-    final_lr_fraction: float = setting(0.05, resume=True)
+    final_lr_fraction: float = setting(0.05, high=1, resume=True)
     """Learning-rate multiplier at the last step."""
-    momentum_start: float = setting(0.85, resume=True)
+    momentum_start: float = setting(0.85, high=1, resume=True)
     """Muon momentum at step 0."""
-    momentum_peak: float = setting(0.97, resume=True)
+    momentum_peak: float = setting(0.97, high=1, resume=True)
     """Muon momentum after its warm-up."""
-    momentum_end: float = setting(0.90, resume=True)
+    momentum_end: float = setting(0.90, high=1, resume=True)
     """Muon momentum at the last step; it falls during the warm-down."""
     momentum_warmup_steps: int = setting(400, resume=True)
     """Steps of linear momentum warm-up."""
@@ -100,21 +138,21 @@ class ScheduleRecipe:
 class OptimizerRecipe:
     """Learning rates and decays, by default those of the card; a resumed run may change them from there on."""
 
-    matrix_lr: float = setting(0.015, resume=True)
+    matrix_lr: float = setting(0.015, high=100, resume=True)
     """Muon, matrices of the blocks."""
-    embedding_lr: float = setting(0.3, resume=True)
+    embedding_lr: float = setting(0.3, high=100, resume=True)
     """AdamW, token embeddings; value embeddings get half of it."""
-    unembedding_lr: float = setting(0.008, resume=True)
+    unembedding_lr: float = setting(0.008, high=100, resume=True)
     """AdamW, shared and stage heads."""
-    scalar_lr: float = setting(0.5, resume=True)
+    scalar_lr: float = setting(0.5, high=100, resume=True)
     """AdamW, x0 lambdas; residual lambdas get a hundredth of it."""
-    gate_lr: float = setting(0.2, resume=True)
+    gate_lr: float = setting(0.2, high=100, resume=True)
     """AdamW, smear and backout."""
-    weight_decay: float = setting(0.28, resume=True)
+    weight_decay: float = setting(0.28, high=100, resume=True)
     """Muon's cautious decay; follows a cosine to 0 over the run."""
     lr_scaling: bool = setting(True, resume=True)
     """Multiply every rate by sqrt(batch tokens / 2^19), embeddings and heads also by (width / 768)^-0.5."""
-    muon_beta2: float = setting(0.9, resume=True)
+    muon_beta2: float = setting(0.9, high=1, resume=True)
     """Decay of Muon's factored second moment; 1 turns the normalisation off."""
     muon_iteration: Literal["polar_express", "quintic"] = setting("polar_express", resume=True)
     """Newton-Schulz coefficients."""
@@ -143,7 +181,7 @@ class GuardRecipe:
     spike_sigma: float = setting(6.0, resume=True)
     """A loss or gradient norm this many standard deviations above the mean of the window is a spike, unless the last
     ``max_in_a_row - 1`` steps were as high: that is a level; 0: no step is a spike."""
-    spike_window: int = setting(128, low=1, resume=True)
+    spike_window: int = setting(128, low=1, high=1_000_000, resume=True)
     """Finite steps that mean and deviation are taken over; nothing is a spike before as many were seen."""
     max_in_a_row: int = setting(4, low=1, resume=True)
     """Roll back after this many steps in a row were left out."""
@@ -162,10 +200,10 @@ class GuardRecipe:
 class TrainingRecipe:
     """One optimiser run."""
 
-    steps: int = setting(83_923, low=1, resume=True)
-    batch_rows: int = setting(384, low=1)
+    steps: int = setting(83_923, low=1, high=1_000_000_000, resume=True)
+    batch_rows: int = setting(384, low=1, high=2**24)
     """Rows of one optimiser step over all ranks."""
-    micro_rows: int = setting(8, low=1, resume=True)
+    micro_rows: int = setting(8, low=1, high=2**24, resume=True)
     """Rows of one forward and backward pass on one rank."""
     seed: int = 0
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -197,11 +235,11 @@ class ReleaseRecipe:
     """Release every this many steps, and the last one."""
     log_steps: bool = setting(True, resume=True)
     """Also release steps 0, 1, 2, 4 ... 512."""
-    val_max_bytes: int | None = setting(None, resume=True)
+    val_max_bytes: int | None = setting(None, low=1, resume=True)
     """Measure on this much validation text; all of it when omitted."""
-    wand_safety: float = setting(1.0, resume=True)
+    wand_safety: float = setting(1.0, high=1_000_000, resume=True)
     """Factor on the WAND bounds when early exits are measured."""
-    k_draft: int = setting(4, low=1, resume=True)
+    k_draft: int = setting(4, low=1, high=1024, resume=True)
     """Drafted tokens per round when speculative acceptance is measured."""
 
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections.abc import Iterator
 from typing import Any
 
 from cognica_poe.errors import UserError
-from cognica_poe.recipe.fields import Recipe
+from cognica_poe.recipe.fields import Range, Recipe
 
 SHORTEST_CONTEXT = 64
 """Tokens that a measured draft, prompt and continuation, takes."""
 LARGEST_VOCABULARY = 2**16
+MOST_RELEASES = 100_000
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
 
@@ -24,8 +24,7 @@ class Setting:
     option: str
     """Name as the command line has it, such as ``training.micro-rows``."""
     value: Any
-    low: float | None
-    high: float | None
+    range: Range
     resume: bool
     """A resumed run may change it."""
 
@@ -33,27 +32,33 @@ class Setting:
 def settings(part: Any, prefix: str = "") -> Iterator[Setting]:
     """Every field of a recipe, or of a part of one, in the order of their definition."""
     for field in dataclasses.fields(part):
-        value, option = (
-            getattr(part, field.name),
-            f"{prefix}{field.name.replace('_', '-')}",
-        )
+        value, option = getattr(part, field.name), f"{prefix}{field.name.replace('_', '-')}"
         if dataclasses.is_dataclass(value):
             yield from settings(value, f"{option}.")
         else:
-            rules = {"low": 0, "high": None, "resume": False, **field.metadata}
-            yield Setting(option, value, **rules)
+            yield Setting(option, value, **{"range": Range(), "resume": False, **field.metadata})
+
+
+def require_ranges(part: Any, where: str) -> None:
+    """Raise UserError, beginning with ``where``, for a number of a dataclass that is out of its range."""
+    for setting in settings(part):
+        if problem := setting.range.problem(setting.value):
+            raise UserError(f"{where}{setting.option} {problem}")
 
 
 def check(recipe: Recipe) -> Recipe:
     """Return ``recipe``. Raises UserError for a value that no run can have."""
-    for setting in settings(recipe):
-        if problem := _problem(setting):
-            raise UserError(f"recipe {recipe.name}: {setting.option} is {setting.value}; it must {problem}")
+    require_ranges(recipe, f"recipe {recipe.name}: ")
     training = recipe.training
     if training.batch_rows % training.micro_rows:
         raise UserError(
             f"recipe {recipe.name}: training.batch-rows {training.batch_rows} is not a multiple of "
             f"training.micro-rows {training.micro_rows}"
+        )
+    if training.steps // recipe.release.every > MOST_RELEASES:
+        raise UserError(
+            f"recipe {recipe.name}: release.every {recipe.release.every} would release "
+            f"{training.steps // recipe.release.every:,} steps; at most {MOST_RELEASES:,} are"
         )
     if recipe.release.repo_id.count("/") != 1:
         raise UserError(f"recipe {recipe.name}: release.repo-id {recipe.release.repo_id!r} must read org/name")
@@ -99,20 +104,6 @@ def _misfits(recipe: Recipe) -> Iterator[str]:
         yield f"model.vocab-size is {model.vocab_size}; packed rows hold 16-bit ids: at most {LARGEST_VOCABULARY}"
     if not REPO_ID.fullmatch(recipe.release.repo_id):
         yield f"release.repo-id {recipe.release.repo_id!r} must read org/name, in letters, digits, dots, - and _"
-
-
-def _problem(setting: Setting) -> str | None:
-    """What a number must do that this one does not; None for a sound one, and for what is no number."""
-    value, low, high = setting.value, setting.low, setting.high
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    if low is not None and high is not None and not low <= value <= high:
-        return f"lie between {low} and {high}"
-    if not math.isfinite(value) or (low == 0 and value < 0):
-        return "be a number that is not negative" if low == 0 else "be a number"
-    if low is not None and value < low:
-        return f"be at least {low}"
-    return None
 
 
 @dataclasses.dataclass(frozen=True)

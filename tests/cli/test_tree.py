@@ -88,7 +88,7 @@ def test_arguments_have_names(texts, words):
 def test_a_command_about_a_recipe_has_its_fields_as_options(texts, words):
     assert all(name in texts[words] for name in RECIPES)
     text = texts[(*words, "tiny")]
-    assert re.search(r"--training\.steps N\W+\(default: 200\)", text)
+    assert re.search(r"--training\.steps N\W+\(default: 200; 1 to 1000000000\)", text)
     assert "--training.ranks.parallel {rows,stages}" in text and "--training.guard.spike-sigma X" in text
     made = parse([*words, "tiny", "--training.steps", "500", "--data.max-bytes", "7"]).keywords["settings"]
     assert (made.training.steps, made.data.max_bytes, made.model) == (500, 7, RECIPES["tiny"].model)
@@ -153,6 +153,31 @@ def test_one_line_on_stderr_and_exit_code_two(setting):
         assert done.returncode == 2 and done.stdout == ""
         assert done.stderr.startswith("cognica-poe: ") and done.stderr.count("\n") == 1
         assert says in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("bench train --steps 0", "bench train: --steps is 0; it must be at least 1"),
+        ("bench train --rounds 99999999", "--rounds is 99999999; it must be at most 1,000,000"),
+        ("bench decode tiny --synthetic-acceptance nan", "--synthetic-acceptance is nan; it must be at least 0"),
+        ("bench decode tiny --k-draft 4 0", "bench decode: --k-draft is 0; it must be at least 1"),
+        ("plan tiny --mfu inf", "plan: --mfu is inf; it must be at most 1"),
+        ("plan tiny --network-gbit 0", "plan: --network-gbit is 0.0; it must be above 0"),
+        ("plan tiny --training.steps 0", "recipe tiny: training.steps is 0; it must be at least 1"),
+        ("run tiny --model.poe-stage-layers 3 -2", "recipe tiny: model.poe-stage-layers is -2; it must be at least 1"),
+        ("run tiny --data.max-bytes 9999999999999999999", "data.max-bytes is 9999999999999999999; that is too large"),
+        ("run tiny --training.guard.spike-sigma inf", "training.guard.spike-sigma is inf; that is too large"),
+        ("generate a b --top-p -inf", "generate: --top-p is -inf; it must be above 0"),
+        ("serve a --port 65536", "serve: --port is 65536; it must be at most 65,535"),
+        ("data pack a --tokenizer t --out o --row-len 3", "data pack: --row-len is 3; it must be at least 4"),
+        ("calibrate a --text t --tokens -1", "calibrate: --tokens is -1; it must be at least 1"),
+    ],
+)
+def test_a_number_out_of_its_range_is_refused_before_the_command(words, says):
+    with pytest.raises(UserError) as error:
+        parse(words.split())
+    assert says in str(error.value) and "\n" not in str(error.value)
 
 
 def test_parsing_calls_nothing(tmp_path):

@@ -232,7 +232,7 @@ def test_this_machine_is_measured(monkeypatch):
         ({"gpus": 0}, "must be at least 1"),
         ({"nodes": 5}, "cannot be spread over 5 nodes evenly; use --nodes 1, 2, 3, 4, 6 or 12"),
         ({"micro_rows": 5}, "does not divide the 32 rows of a rank; use 4"),
-        ({"mfu": 1.5}, "between 0 and 1"),
+        ({"mfu": 1.5}, "--mfu is 1.5; it must be at most 1"),
         ({"network_gbit": float("nan")}, "--network-gbit is nan"),
     ],
 )

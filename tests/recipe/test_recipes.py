@@ -156,7 +156,7 @@ def test_files_that_cannot_be_read(tmp_path):
         ("training.micro_rows", 0, "training.micro-rows is 0"),
         ("training.micro_rows", 5, "training.batch-rows 16 is not a multiple of training.micro-rows 5"),
         ("training.schedule.warmup_steps", -1, "training.schedule.warmup-steps is -1"),
-        ("training.schedule.warmdown_ratio", 1.5, "it must lie between 0 and 1"),
+        ("training.schedule.warmdown_ratio", 1.5, "it must be at most 1"),
         ("data.val_fraction", -0.1, "data.val-fraction is -0.1"),
         ("data.case_aug_prob", float("nan"), "data.case-aug-prob is nan"),
         ("release.every", 0, "release.every is 0"),
