@@ -29,6 +29,7 @@ KINDS = ("data", "tokenizer", "release", "checkpoint")
 """Folders that carry the mark."""
 _MARK = "# cognica-poe "  # `sha256sum -c` skips comments
 _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
+_SEAL = b"# sha256 "
 _SOURCE = re.compile(r"# made from ([a-z]+) ([0-9a-f]{64})")
 
 
@@ -235,9 +236,14 @@ class Manifest:
         except UnicodeDecodeError as error:
             raise UserError(f"{where} is corrupt: it is not text; {remedy}") from error
         kind = lines[0].removeprefix(_MARK) if lines[0].startswith(_MARK) else None
+        if kind in KINDS:
+            body, seal = data[: data.rfind(_SEAL)], data[data.rfind(_SEAL) :]
+            if seal != _seal(body):
+                raise UserError(f"{where} is corrupt: its last line is not the sha256 of those above; {remedy}")
+            lines = body.decode().split("\n")[1:]
         digests: dict[str, str] = {}
         made_from: dict[str, str] = {}
-        for line in lines[1:] if kind in KINDS else lines:
+        for line in lines:
             found = _LINE.fullmatch(line)
             if kind in KINDS and not digests and (source := _SOURCE.fullmatch(line)) and source[1] not in made_from:
                 made_from[source[1]] = source[2]
@@ -258,11 +264,19 @@ class Manifest:
         return cls.parse(file.read_bytes(), file, remedy)
 
     def data(self) -> bytes:
-        """The bytes of the file, lines sorted by name; ``sha256sum -c`` reads them."""
+        """The bytes of the file, lines sorted by name; with a mark, the last one is the sha256 of those above.
+
+        ``sha256sum -c`` reads them.
+        """
         mark = f"{_MARK}{self.kind}\n" if self.kind else ""
         mark += "".join(f"# made from {part} {digest}\n" for part, digest in sorted(self.made_from.items()))
         names = sorted(safe_name(name, "file name", nested=True) for name in self.digests)
-        return (mark + "".join(f"{self.digests[name]}  {name}\n" for name in names)).encode()
+        body = (mark + "".join(f"{self.digests[name]}  {name}\n" for name in names)).encode()
+        return body + _seal(body) if self.kind else body
+
+
+def _seal(body: bytes) -> bytes:
+    return _SEAL + hashlib.sha256(body).hexdigest().encode() + b"\n"
 
 
 def write_manifest(folder: Path, kind: str, made_from: Mapping[str, str] | None = None) -> None:

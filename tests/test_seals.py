@@ -87,5 +87,13 @@ def test_a_manifest_says_what_its_folder_was_made_from():
     lines = manifest.data().decode().splitlines()
     assert lines[1:3] == [f"# made from data {'1' * 64}", f"# made from recipe {'2' * 64}"]
     assert Manifest.parse(manifest.data(), "there") == manifest
-    twice = "\n".join([*lines[:2], *lines[1:]]).encode()
-    assert "malformed or repeated" in refusal(Manifest.parse, twice, "there")
+
+
+def test_every_changed_byte_of_a_manifest_is_told():
+    data = Manifest("release", {"a": "0" * 64, "b": "f" * 64}, {"data": "1" * 64}).data()
+    for at in range(len(data)):
+        for bit in range(8):
+            assert "there is corrupt" in refusal(
+                Manifest.parse, data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1 :], "there"
+            )
+    assert "its last line is not the sha256" in refusal(Manifest.parse, data[: data.rfind(b"#")], "there")
