@@ -1,5 +1,7 @@
 """Exceptions that the command line turns into one line and an exit code."""
 
+import signal
+
 
 class UserError(Exception):
     """Bad input from outside: a missing file, a wrong recipe, no space.
@@ -10,8 +12,10 @@ class UserError(Exception):
 
 
 class TrainingStopped(Exception):
-    """SIGTERM or SIGINT arrived; the run was saved at ``step``."""
+    """A signal arrived, or the file ``stop`` came up; the run was saved at ``step``."""
 
-    def __init__(self, step: int):
+    def __init__(self, step: int, number: int = signal.SIGTERM):
         super().__init__(f"stopped at step {step}; resume with --resume")
         self.step = step
+        self.number = number
+        """The signal that stopped it; SIGTERM for the file."""

@@ -39,11 +39,11 @@ class _State:
     def __init__(self) -> None:
         self.number: int | None = None
         """The first signal."""
-        self.note: Callable[[int], None] | None = None
-        """Takes a signal instead of an exception in the main thread."""
+        self.deferred = False
+        """A signal is remembered instead of raised."""
         self.grace = GRACE
-        self.farewell: Callable[[], str] = lambda: ""
-        """What is said when the time is over; a line about the signal when empty."""
+        self.farewell: Callable[[], str] | None = None
+        """What is said when the time is over, instead of naming the signal."""
         self.pipe: tuple[int, int] | None = None
         """Where the kernel reports signals, once ``watch`` was called."""
 
@@ -68,6 +68,11 @@ def arrived() -> int | None:
     return _state.number
 
 
+def speaks() -> bool:
+    """Whether this process says how it ends: of several ranks the first one does."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def hear_of(number: int) -> None:
     """Another rank got a signal: this process ends as if it had got it, too."""
     if _state.number is None:
@@ -77,46 +82,41 @@ def hear_of(number: int) -> None:
 
 
 @contextlib.contextmanager
-def noted(note: Callable[[int], None], grace: float, farewell: Callable[[], str]) -> Iterator[None]:
-    """Within the block ``note`` is called with a signal's number, and nothing is interrupted.
+def deferred(grace: float, farewell: Callable[[], str]) -> Iterator[None]:
+    """Within the block a signal interrupts nothing: the block asks ``arrived``. For the main thread.
 
     Args:
-        note: called in the main thread.
         grace: seconds that the process then has until it is ended.
-        farewell: the line to leave if that happens.
+        farewell: gives the line to leave if that happens.
     """
-    before = _state.note, _state.grace, _state.farewell
+    before = _state.deferred, _state.grace, _state.farewell
     handlers = {number: signal.signal(number, _on_signal) for number in _NUMBERS}
-    _state.note, _state.grace, _state.farewell = note, grace, farewell
+    _state.deferred, _state.grace, _state.farewell = True, grace, farewell
     try:
         yield
     finally:
-        _state.note, _state.grace, _state.farewell = before
+        _state.deferred, _state.grace, _state.farewell = before
         for number, handler in handlers.items():
             signal.signal(number, handler)
         if _state.pipe is None:
-            _state.number = None  # nobody ends this process: the next training of it starts afresh
+            _state.number = None  # nobody ends this process: what it does next starts afresh
 
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Within ``noted``: a block that a signal interrupts all the same, also one that came before it."""
-    note, _state.note = _state.note, None
+    """Within ``deferred``: a block that a signal interrupts all the same, also one that came before it."""
+    before, _state.deferred = _state.deferred, False
     try:
         if _state.number is not None:
             raise Interrupted(_state.number)
         yield
     finally:
-        _state.note = note
+        _state.deferred = before
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
-    first = _state.number is None
-    if first:
-        _state.number = number
-    if _state.note is not None:
-        _state.note(_state.number or number)
-    elif first:  # a second one does not interrupt the cleaning up
+    first, _state.number = _state.number is None, _state.number or number
+    if first and not _state.deferred:  # a second one does not interrupt the cleaning up
         raise Interrupted(number)
 
 
@@ -128,10 +128,10 @@ def _stand_by(reader: int) -> None:
         ready, _, _ = select.select([reader], [], [], 0.1)
         if ready and _next_signal(reader) and time.monotonic() > began + AGAIN:
             break
-    line = _state.farewell() or f"cognica-poe: {Interrupted(number)}"
+    line = _state.farewell() if _state.farewell else str(Interrupted(number))
     drop_owned()
-    if select.select([], [2], [], 0)[1]:
-        os.write(2, f"{line}\n".encode())
+    if speaks() and select.select([], [2], [], 0)[1]:
+        os.write(2, f"cognica-poe: {line}\n".encode())
     os._exit(128 + number)
 
 

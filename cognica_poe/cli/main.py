@@ -1,4 +1,4 @@
-"""The tree of commands. Exit code 0 on success, 2 for a user's mistake with one line of what to do."""
+"""The tree of commands. Exit code 0 on success, 2 for a user's mistake, 128 + n after signal n, each with one line."""
 
 from __future__ import annotations
 
@@ -9,20 +9,22 @@ import inspect
 import io
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Union
+from typing import Annotated, Any, NoReturn, Union
 
 import tyro
 
-from cognica_poe import __version__
+from cognica_poe import __version__, interrupts
 from cognica_poe.cli import analysis, bench, data, inference, release, training
 from cognica_poe.cli.arguments import RecipeName, named_types, require_options, with_ranges_in_help
 from cognica_poe.cli.progress import log, quiet_transformers
 from cognica_poe.errors import TrainingStopped, UserError
 from cognica_poe.files import safe_name
+from cognica_poe.leftovers import drop_owned
 from cognica_poe.recipe.fields import Recipe
 from cognica_poe.recipe.named import RECIPES, find_recipe
 
@@ -219,19 +221,31 @@ def main(words: Sequence[str] | None = None) -> None:
     if given == ["--version"]:
         print(f"cognica-poe {__version__}")
         return
+    if words is None:
+        interrupts.watch()
     try:
         dispatch(given)
     except UserError as error:
         log(f"cognica-poe: {error}")
         sys.exit(2)
     except TrainingStopped as stopped:
-        log(f"cognica-poe: {stopped}")
-        sys.exit(143)
+        _end(stopped.number, str(stopped))
     except KeyboardInterrupt:
-        log("cognica-poe: interrupted")
-        sys.exit(130)
+        _end(interrupts.arrived() or signal.SIGINT)
     except BrokenPipeError:
         os._exit(0)
+    except Exception:
+        if number := interrupts.arrived():  # other ranks were faster: what failed is what held them together
+            _end(number)
+        raise
+
+
+def _end(number: int, line: str | None = None) -> NoReturn:
+    """Leave after a signal, with the exit code that says which."""
+    drop_owned()
+    if interrupts.speaks():
+        log(f"cognica-poe: {line or interrupts.Interrupted(number)}")
+    sys.exit(128 + number)
 
 
 if __name__ == "__main__":

@@ -230,6 +230,15 @@ def export_tokenizer(tokenizer: Path, release: Path, model_max_length: int) -> N
     _write_tokenizer(json.dumps(described, indent=2, ensure_ascii=False), Path(release), model_max_length)
 
 
+def copy_tokenizer(tokenizer_json: Path, out: Path, made_from: Mapping[str, str]) -> None:
+    """Write the tokenizer folder ``out`` of a ``tokenizer.json`` that was trained elsewhere.
+
+    Raises UserError if ``out`` holds anything but a tokenizer of ours.
+    """
+    with atomic_folder(Path(out), "tokenizer", made_from=made_from) as folder:
+        _write_tokenizer(Path(tokenizer_json).read_bytes().decode(), folder)
+
+
 def _capped(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
     left = max_bytes
     for text in texts:
