@@ -24,6 +24,7 @@ def analyze(run: RunFolder, step: Naturals = (), json: Flag = False) -> None:
     from cognica_poe import pipeline
 
     recipe = pipeline.read_recipe(run)
+    pipeline.sweep_run(run)
     records = []
     for number in pipeline.checkpoint_steps(run, step):
         model = pipeline.checkpoint_model(run, recipe, number, log)

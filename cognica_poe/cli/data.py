@@ -10,6 +10,7 @@ from cognica_poe.cli.arguments import DataFolder, Flag, MixName, Natural, Positi
 from cognica_poe.cli.output import as_dicts, print_json, print_table
 from cognica_poe.cli.progress import log
 from cognica_poe.errors import UserError
+from cognica_poe.locks import hold_run_of
 from cognica_poe.recipe.fields import LONGEST_CONTEXT, DataRecipe, Range
 from cognica_poe.recipe.rules import LARGEST_VOCABULARY
 
@@ -37,9 +38,10 @@ def build_data(
     """
     from cognica_poe.data.build import build
 
-    manifest = build(
-        mix, out, val_fraction=val_fraction, val_min_bytes=val_min_bytes, max_bytes=max_bytes, seed=seed, log=log
-    )
+    with hold_run_of(out):
+        manifest = build(
+            mix, out, val_fraction=val_fraction, val_min_bytes=val_min_bytes, max_bytes=max_bytes, seed=seed, log=log
+        )
     rows = [[name, total.documents, total.bytes] for name, total in manifest.splits.items()]
     print_table(f"data in {out}", ["split", "documents", "bytes"], rows)
 
@@ -57,7 +59,8 @@ def pack_rows(data: DataFolder, tokenizer: Path, out: Path, row_len: RowLength =
     from cognica_poe.data.rows.packing import pack
     from cognica_poe.data.tokenizer import load_tokenizer
 
-    packed = pack(data, load_tokenizer(tokenizer), out, row_len=row_len, epoch=epoch, verify=True, log=log)
+    with hold_run_of(out):
+        packed = pack(data, load_tokenizer(tokenizer), out, row_len=row_len, epoch=epoch, verify=True, log=log)
     facts = [[key, value] for key, value in dataclasses.asdict(packed).items()]
     print_table(f"rows in {out}", ["fact", "value"], facts)
 
@@ -104,5 +107,6 @@ def train_tokenizer(
 
     require_apart(out, data)
     texts, made_from = (d.text for d in read_documents(data, "train")), {"data": load_manifest(data).sha256}
-    train_tokenizer(texts, vocab_size, out, max_bytes=max_bytes, made_from=made_from, log=log)
+    with hold_run_of(out):
+        train_tokenizer(texts, vocab_size, out, max_bytes=max_bytes, made_from=made_from, log=log)
     print(out)

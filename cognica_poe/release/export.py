@@ -98,7 +98,7 @@ def export_release(
     require_space(out, int(1.05 * size) + 16_000_000)
     bos_id = _check_tokenizer(Path(tokenizer_dir), model.config.vocab_size)
     described = {"name": name, "step": step, "repo_id": repo_id or name, **dict(about or {})}
-    with atomic_folder(out, "release") as folder:
+    with atomic_folder(out, "release", wait=600.0) as folder:  # of another export of this step
         with _as_released(model, list(wand_bounds), bos_id, stored) as state:
             model.save_pretrained(folder, state_dict=dict(state), max_shard_size=2 * size + 1_000_000)
             config = read_json(folder / "config.json", "model configuration")

@@ -12,6 +12,7 @@ from typing import Any
 
 from cognica_poe.errors import UserError
 from cognica_poe.files import write_bytes
+from cognica_poe.leftovers import sweep
 from cognica_poe.release.card.tables import bpb_rows, is_pool, stage_count, trained_path
 from cognica_poe.release.report import page
 from cognica_poe.release.report.plots import comparison_plots, dig, run_plots
@@ -30,6 +31,7 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     loaded = [read_run(path) for path in runs]
     out = Path(out)
     file = out if out.suffix == ".html" else out / "index.html"
+    sweep(file.parent)
     write_bytes(file, render_report(loaded).encode())
     return file
 
@@ -93,9 +95,6 @@ def _run_section(run: RunFolder, name: str, prefix: str) -> str:
     parts = []
     if run.recipe.get("description"):
         parts.append(f"<p>{html_text(run.recipe['description'], 1000)}</p>")
-    if run.unreadable_lines:
-        lines = f"{run.unreadable_lines} unreadable line{'s' * (run.unreadable_lines > 1)}"
-        parts.append(f'<p class="warn">The logs hold {lines}, left out here.</p>')
     parts += [
         page.plots(run_plots(run, prefix)),
         _paths_table(run),
