@@ -11,20 +11,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cognica_poe.analysis.record import AnalysisRecord, load_records, read_record, record_path
+from cognica_poe.analysis.record import AnalysisRecord, MadeFrom, load_records, read_record, record_path
 from cognica_poe.data.build import build
 from cognica_poe.data.manifest import load_manifest, read_documents
 from cognica_poe.data.rows.reader import Rows
 from cognica_poe.data.tokenizer import load_tokenizer, train_tokenizer
 from cognica_poe.errors import UserError
-from cognica_poe.files import Manifest, read_json, write_json
+from cognica_poe.files import Manifest
 from cognica_poe.recipe.fields import Recipe
-from cognica_poe.recipe.named import find_recipe
 from cognica_poe.recipe.rules import Change, changes, check_run
-from cognica_poe.recipe.stored import save_recipe
+from cognica_poe.recipe.stored import load_run_recipe, save_recipe
+from cognica_poe.seals import read_sealed, write_sealed
 from cognica_poe.training.build import build_model
 from cognica_poe.training.checkpoint import CheckpointFolder
 from cognica_poe.training.journal import Journal
+from cognica_poe.training.lineage import require_data, require_made_from, require_parts, require_tokenizer
 from cognica_poe.training.precision import default_device
 
 Log = Callable[[str], None]
@@ -38,7 +39,7 @@ def prepare(recipe: Recipe, run: Path, log: Log, resume: bool = False) -> None:
     check_run(recipe)
     run, saved = Path(run), Path(run) / "recipe.json"
     if saved.is_file():
-        earlier = find_recipe(str(saved))
+        earlier = load_run_recipe(saved)
         changed = changes(earlier, recipe)
         if refused := [change.option for change in changed if not change.allowed]:
             raise UserError(
@@ -47,6 +48,8 @@ def prepare(recipe: Recipe, run: Path, log: Log, resume: bool = False) -> None:
             )
         if not resume and (run / "checkpoints").is_dir():
             raise UserError(f"{run} already holds a run: add --resume to go on, or choose another --out")
+    _require_own_parts(run, recipe)
+    if saved.is_file():
         _record_changes(run, recipe, changed, log)
     data, tokenizer = run / "data", run / "tokenizer"
     if not (data / "manifest.json").is_file():
@@ -63,7 +66,17 @@ def prepare(recipe: Recipe, run: Path, log: Log, resume: bool = False) -> None:
     save_recipe(recipe, saved)
     if not (tokenizer / "tokenizer.json").is_file():
         texts = (document.text for document in read_documents(data, "train"))
-        train_tokenizer(texts, recipe.model.vocab_size, tokenizer, max_bytes=recipe.data.tokenizer_bytes, log=log)
+        made_from = {"data": load_manifest(data).sha256}
+        size, limit = recipe.model.vocab_size, recipe.data.tokenizer_bytes
+        train_tokenizer(texts, size, tokenizer, max_bytes=limit, made_from=made_from, log=log)
+    require_parts(run, recipe)
+
+
+def _require_own_parts(run: Path, recipe: Recipe) -> None:
+    """Raise UserError when data or tokenizer, as far as they are there, are not those of the recipe."""
+    manifest = require_data(run, recipe) if (run / "data" / "manifest.json").is_file() else None
+    if (run / "tokenizer" / "tokenizer.json").is_file():
+        require_tokenizer(run, recipe, manifest)
 
 
 def _record_changes(run: Path, recipe: Recipe, changed: Sequence[Change], log: Log) -> None:
@@ -98,10 +111,10 @@ def open_rows(run: Path, recipe: Recipe, log: Log = lambda line: None) -> Rows:
 
 
 def read_recipe(run: Path) -> Recipe:
-    """The recipe of a run folder. Raises UserError when there is none."""
+    """The recipe of a run folder. Raises UserError when there is none, or it was changed."""
     if not (Path(run) / "recipe.json").is_file():
         raise UserError(f"{run} is not a run folder: it holds no recipe.json; make one with `cognica-poe run`")
-    return find_recipe(str(Path(run) / "recipe.json"))
+    return load_run_recipe(Path(run) / "recipe.json")
 
 
 def baseline(run: Path, recipe: Recipe, log: Log = lambda line: None) -> dict[str, Any]:
@@ -111,13 +124,14 @@ def baseline(run: Path, recipe: Recipe, log: Log = lambda line: None) -> dict[st
 
     data, file = Path(run) / "data", Path(run) / "analysis" / "baseline.json"
     part = validation_slice((d.text for d in read_documents(data, "val")), recipe.release.val_max_bytes)
+    made_from = {"slice_sha256": part.sha256, "data_sha256": load_manifest(data).sha256}
     if file.is_file():
-        known = read_json(file, "baseline")
-        if known.pop("slice_sha256") == part.sha256:
+        known = read_sealed(file, "baseline", "delete the file: it is computed again")
+        if {key: known.pop(key, None) for key in made_from} == made_from:
             return known
     log("baseline: compressing with xz -9e, alone and primed with the training text")
     figures = xz_baseline((d.text for d in read_documents(data, "train")), part.texts)
-    write_json(file, {**figures, "slice_sha256": part.sha256})
+    write_sealed(file, {**figures, **made_from})
     return figures
 
 
@@ -125,7 +139,7 @@ def analyze_step(run: Path, recipe: Recipe, model: Any, step: int, log: Log) -> 
     """Analyse ``model`` at ``step`` and write its record."""
     from cognica_poe.analysis.analyzer import analyze
 
-    folder = Path(run) / "analysis"
+    folder, parts = Path(run) / "analysis", require_parts(run, recipe)
     earlier = [record for record in load_records(folder) if record.step < step]
     record = analyze(
         model,
@@ -141,6 +155,7 @@ def analyze_step(run: Path, recipe: Recipe, model: Any, step: int, log: Log) -> 
         k_draft=recipe.release.k_draft,
         log=log,
     )
+    record.made_from = MadeFrom(**parts)
     record.write(folder)
     return record
 
@@ -149,8 +164,12 @@ def export_step(run: Path, recipe: Recipe, model: Any, step: int, log: Log, out:
     """Write the release folder of a measured step."""
     from cognica_poe.release.export import export_release
 
-    record = read_record(record_path(Path(run) / "analysis", step))
+    file, parts = record_path(Path(run) / "analysis", step), require_parts(run, recipe)
+    record = read_record(file)
+    found = record.made_from.model_dump() if record.made_from else {}
+    require_made_from(found, parts, file, "analyze the step again")
     manifest = load_manifest(Path(run) / "data").model_dump(mode="json")
+    data = {key: manifest[key] for key in ("mix", "sources")}
     return export_release(
         model,
         Path(run) / "tokenizer",
@@ -160,7 +179,7 @@ def export_step(run: Path, recipe: Recipe, model: Any, step: int, log: Log, out:
         name=recipe.release.repo_id.split("/")[-1],
         step=step,
         repo_id=recipe.release.repo_id,
-        about={"data": {"mix": manifest["mix"], "sources": manifest["sources"]}},
+        about={"data": data, "made_from": parts},
         log=log,
     )
 
@@ -188,9 +207,11 @@ def publish_run(run: Path, recipe: Recipe, steps: Sequence[int], log: Log) -> No
 def checkpoint_model(run: Path, recipe: Recipe, step: int, log: Log = lambda line: None) -> Any:
     """The model of a checkpoint, on this machine's device and in evaluation mode.
 
-    Raises UserError when the step is missing or damaged.
+    Raises UserError when the step is missing, damaged, or not of this recipe, data and tokenizer.
     """
-    checkpoint = CheckpointFolder(Path(run) / "checkpoints", log).load(step)
+    folder, parts = CheckpointFolder(Path(run) / "checkpoints", log), require_parts(run, recipe)
+    checkpoint = folder.load(step)
+    require_made_from(checkpoint.made_from, parts, folder.path(step), "undo the change, or use another step")
     model = build_model(recipe.model)
     model.load_state_dict(checkpoint.weights)
     return model.to(default_device()).eval()  # type: ignore[arg-type]  # transformers hides the signature

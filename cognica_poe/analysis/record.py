@@ -2,12 +2,15 @@
 
 ``analysis/step-N.json`` holds everything that a report or card prints; ``analysis/step-N.documents.npz`` beside it the
 per-document sums, from which the paired interval of the change to the next record is computed. NaN and infinity,
-unknown fields and contradictions between fields are refused on writing and on reading.
+unknown fields and contradictions between fields are refused on writing and on reading. A record names what was
+measured, carries the sha256 of its own content and that of the sums: a changed byte is named by whoever reads.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import math
 import zipfile
 from collections.abc import Sized
@@ -20,9 +23,11 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 
 from cognica_poe.analysis.bits_per_byte import DocumentSums
 from cognica_poe.errors import UserError
-from cognica_poe.files import disk_errors, write_bytes, write_json
+from cognica_poe.files import write_bytes, write_json
+from cognica_poe.seals import SEAL, read_sealed, require_sha256, sealed
 
 SCHEMA_VERSION: Literal[1] = 1
+_REMEDY = "restore it or make the record again with `cognica-poe analyze`"
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=0)]
 Bits = Annotated[float, Field(ge=0.0)]
@@ -43,6 +48,17 @@ class ModelFacts(_Part):
     stage_layers: Annotated[list[int], Field(min_length=1)]
     weights_sha256: Sha256
     """sha256 over names and bytes of the parameters, sorted by name."""
+
+
+class MadeFrom(_Part):
+    """What the weights were trained from, and on what they were measured."""
+
+    recipe: Sha256
+    """Of the settings that a resumed run may not change."""
+    data: Sha256
+    """Of the sha256 of all shards."""
+    tokenizer: Sha256
+    """Of tokenizer.json."""
 
 
 class BitsPerByte(_Part):
@@ -219,6 +235,11 @@ class AnalysisRecord(_Part):
     delta: Delta | None
     seconds: Annotated[float, Field(ge=0.0)]
     versions: dict[str, str]
+    made_from: MadeFrom | None = None
+    documents_sha256: Sha256 | None = None
+    """Of the file of per-document sums."""
+    sha256: Sha256 | None = None
+    """Of the content of this record, the key itself left out; null until it is written."""
     _documents: DocumentSums | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")
@@ -255,9 +276,14 @@ class AnalysisRecord(_Part):
         Raises UserError where the disk refuses.
         """
         path = record_path(folder, self.step)
+        self.documents_sha256 = None
         if self._documents is not None:  # first, so that a record never lacks the sums it was made with
-            write_bytes(_documents_path(path), _pack(self._documents))
-        write_json(path, self.model_dump(mode="json"))
+            packed = _pack(self._documents)
+            write_bytes(_documents_path(path), packed)
+            self.documents_sha256 = hashlib.sha256(packed).hexdigest()
+        content = sealed(self.model_dump(mode="json"))
+        self.sha256 = content[SEAL]
+        write_json(path, content)
         return path
 
 
@@ -281,20 +307,19 @@ def read_record(path: Path) -> AnalysisRecord:
     Raises UserError naming the file and the first fault.
     """
     path = Path(path)
+    if not path.exists():
+        raise UserError(f"analysis record not found: {path}; make it with `cognica-poe analyze`")
+    content = sealed(read_sealed(path, "analysis record", _REMEDY))
     try:
-        with disk_errors(path):
-            data = path.read_bytes()
-    except FileNotFoundError as error:
-        raise UserError(f"analysis record not found: {path}; make it with `cognica-poe analyze`") from error
-    try:
-        record = AnalysisRecord.model_validate_json(data)
+        record = AnalysisRecord.model_validate_json(json.dumps(content))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the record"
-        message = f"analysis record {path} is not valid: {where}: {first['msg']}; make it again with `analyze`"
+        message = f"analysis record {path} is not valid: {where}: {first['msg']}; {_REMEDY}"
         raise UserError(" ".join(message.split())) from error
     sums = _documents_path(path)
     if sums.is_file():
+        require_sha256(sums, record.documents_sha256 or "that of no sums", "per-document sums", _REMEDY)
         record._documents = _unpack(sums)
     return record
 
@@ -329,5 +354,5 @@ def _unpack(path: Path) -> DocumentSums:
             kind, _, column = name.partition(".")
             {"nats": sums.nats, "correct": sums.correct}[kind][column] = array
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is damaged: delete it or make the record again with `analyze`") from error
+        raise UserError(f"per-document sums {path} cannot be read; {_REMEDY}") from error
     return sums

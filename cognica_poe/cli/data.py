@@ -103,9 +103,10 @@ def train_tokenizer(
     """
     from cognica_poe.data.manifest import load_manifest, read_documents
     from cognica_poe.data.tokenizer import train_tokenizer
-    from cognica_poe.files import require_apart
+    from cognica_poe.files import require_apart, require_replaceable
 
     require_apart(out, data)
+    require_replaceable(out, "tokenizer")
     texts, made_from = (d.text for d in read_documents(data, "train")), {"data": load_manifest(data).sha256}
     with hold_run_of(out):
         train_tokenizer(texts, vocab_size, out, max_bytes=max_bytes, made_from=made_from, log=log)

@@ -104,6 +104,15 @@ def build(
     return manifest
 
 
+def mix_name(given: str) -> str | None:
+    """What ``build`` calls the mix or path ``given`` in the manifest; None for a mix file that is gone since."""
+    if given == PYTHON_DOCS or given in MIXES:
+        return given
+    if given.endswith(".json"):
+        return load_mix(Path(given)).name if Path(given).is_file() else None
+    return Path(given).name
+
+
 def _open(given: str, out: Path, max_bytes: int | None, seed: int, log: Log) -> _Input:
     """Find what ``given`` names; complains before anything is written."""
     dropped: Counter[str] = Counter()

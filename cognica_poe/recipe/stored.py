@@ -1,4 +1,4 @@
-"""``recipe.json``: a recipe as a run folder keeps it, and as a user may write one."""
+"""``recipe.json``: a recipe as a run folder keeps it, sealed, and as a user may write one."""
 
 from __future__ import annotations
 
@@ -8,18 +8,37 @@ from pathlib import Path
 from typing import Any
 
 from cognica_poe.errors import UserError
-from cognica_poe.files import read_json, write_json
+from cognica_poe.files import read_json
 from cognica_poe.recipe.fields import Recipe
+from cognica_poe.recipe.rules import settings
+from cognica_poe.seals import SEAL, content_sha256, read_sealed, write_sealed
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
-    """Write a recipe as JSON."""
-    write_json(path, dataclasses.asdict(recipe))
+    """Write a recipe as sealed JSON."""
+    write_sealed(path, dataclasses.asdict(recipe))
 
 
 def load_recipe(path: Path) -> Recipe:
-    """Read a ``recipe.json``. Raises UserError when it is missing, no JSON, or no recipe."""
-    return recipe_from_dict(read_json(path, "recipe"), str(path))
+    """Read a ``recipe.json``, sealed or not. Raises UserError: missing, no JSON, no recipe, a broken seal."""
+    values = read_json(path, "recipe")
+    if isinstance(values, dict) and SEAL in values:
+        values = read_sealed(path, "recipe", f"undo the change, or remove its line {SEAL} to start a run from it")
+    return recipe_from_dict(values, str(path))
+
+
+def load_run_recipe(path: Path) -> Recipe:
+    """Read the ``recipe.json`` of a run folder. Raises UserError as ``load_recipe``, and without a seal."""
+    remedy = (
+        "undo the change, for settings change through options with --resume; or delete the file and --resume with the "
+        "name and the options of the recipe"
+    )
+    return recipe_from_dict(read_sealed(path, "recipe", remedy), str(path))
+
+
+def fixed_sha256(recipe: Recipe) -> str:
+    """Hex sha256 of the settings that a resumed run may not change: the identity of what is trained, and on what."""
+    return content_sha256({setting.option: setting.value for setting in settings(recipe) if not setting.resume})
 
 
 def recipe_from_dict(values: Any, where: str) -> Recipe:

@@ -17,7 +17,7 @@ import os
 import re
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,8 @@ class Checkpoint:
     weights: Mapping[str, torch.Tensor]
     optimizer: Mapping[str, torch.Tensor]
     state: dict[str, Any]
+    made_from: Mapping[str, str] = field(default_factory=dict)
+    """sha256 of recipe, data and tokenizer; it stands in the manifest."""
 
 
 class Pieces(Mapping[str, torch.Tensor]):
@@ -126,7 +128,7 @@ class CheckpointFolder:
             {name: tensor.detach().to("cpu", copy=True) for name, tensor in part.items()}
             for part in (checkpoint.weights, checkpoint.optimizer)
         )
-        snapshot = Checkpoint(checkpoint.step, weights, optimizer, checkpoint.state)
+        snapshot = replace(checkpoint, weights=weights, optimizer=optimizer)
         self._writer = threading.Thread(target=self._save_beside, args=(snapshot, background), name="checkpoint")
         self._writer.start()
 
@@ -158,7 +160,7 @@ class CheckpointFolder:
             def finish() -> None:
                 write_json_file(partial / "state.json", {"step": checkpoint.step, **checkpoint.state})
                 lines["state.json"] = sha256_file(partial / "state.json")
-                write_bytes(partial / MANIFEST, Manifest("checkpoint", lines).data())
+                write_bytes(partial / MANIFEST, Manifest("checkpoint", lines, checkpoint.made_from).data())
                 stack.close()
 
             ranks.on_first(finish)
@@ -203,7 +205,8 @@ class CheckpointFolder:
     def _open(self, step: int) -> Checkpoint:
         folder = self.path(step)
         weights, optimizer = Pieces(folder, "model"), Pieces(folder, "optimizer")
-        return Checkpoint(step, weights, optimizer, read_json(folder / "state.json", "checkpoint state"))
+        state = read_json(folder / "state.json", "checkpoint state")
+        return Checkpoint(step, weights, optimizer, state, Manifest.read(folder).made_from)
 
     def prune(self, keep_last: int, keep: Collection[int]) -> None:
         """Delete all but the last ``keep_last`` steps and those in ``keep``."""

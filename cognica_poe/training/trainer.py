@@ -26,6 +26,7 @@ from cognica_poe.training.checkpoint import Checkpoint, CheckpointFolder
 from cognica_poe.training.compilation import bounded_compilation, compile_blocks, without_compilation
 from cognica_poe.training.guard import Decision, SpikePolicy, StepGuard
 from cognica_poe.training.journal import Journal
+from cognica_poe.training.lineage import parts_of, require_made_from
 from cognica_poe.training.memory import copy_to_device, copy_to_host, keep_freed_memory
 from cognica_poe.training.optim.schedule import Schedule
 from cognica_poe.training.parallel.ranks import Ranks
@@ -65,6 +66,8 @@ class Trainer:
         self.log: Log = log if self.ranks.is_first else lambda line: None
         self.progress: Progress = progress if self.ranks.is_first else lambda step, metrics: None
         self.checkpoints = CheckpointFolder(self.run / "checkpoints", self._on_damage, self.ranks)
+        self.made_from = parts_of(recipe, rows.manifest, rows.tokenizer)
+        """sha256 of recipe, data and tokenizer, for every checkpoint."""
         self.step = 0
         self.started = False
         self._stop = False
@@ -83,7 +86,7 @@ class Trainer:
         keep_freed_memory()
         self.rank_rows = rows_of_a_rank(self.recipe, self.ranks)
         self.device = default_device()
-        self.events = Journal(self.run / "events.jsonl", self.ranks.is_first)
+        self.events = Journal(self.run / "events.jsonl", self.ranks.is_first, log=self.log)
         found = self._find_checkpoint()
         self._build(found)
         if found is not None:
@@ -91,7 +94,7 @@ class Trainer:
             self.log(f"resumed at step {self.step}")
         self.releases = self.policy.releases(self.recipe.released_steps())
         """Steps to release: those of the recipe without what roll-backs and steps left out have taken from it."""
-        self.metrics = Journal(self.run / "metrics.jsonl", self.ranks.is_first, keep_until=self.step)
+        self.metrics = Journal(self.run / "metrics.jsonl", self.ranks.is_first, self.step, self.log)
         self.backlog = Backlog(self.recipe, self.policy, self.metrics, self.events, self.log, self.progress)
         # CUDA trains on while the host reads and writes; where the host itself trains, nothing is won by it.
         on_cuda = self.device.type == "cuda"
@@ -132,6 +135,8 @@ class Trainer:
 
     def _restore(self, found: Checkpoint, rewind: bool = False) -> None:
         """Load weights, optimiser and step; with ``rewind``, roll-backs since are remembered."""
+        where = self.checkpoints.path(found.step)
+        require_made_from(found.made_from, self.made_from, where, "undo the change, or start a new --out")
         if found.state["rows"] != self.rows.fingerprint:
             raise UserError(
                 f"{self.run}: data, tokenizer or row seed changed since step {found.step}; start a new --out"
@@ -330,7 +335,8 @@ class Trainer:
         state |= {"guard": self.guard.state(), "policy": self.policy.state()}
         weights, optimizer = self.optimizer.weights(), self.optimizer.state_dict()
         require_finite({**weights, **optimizer}, self.step, self.ranks, self.events, self.checkpoints)
-        self.checkpoints.save(Checkpoint(self.step, weights, optimizer, state), self.background)
+        checkpoint = Checkpoint(self.step, weights, optimizer, state, self.made_from)
+        self.checkpoints.save(checkpoint, self.background)
         self.checkpoints.prune(self.recipe.training.keep_checkpoints, self.releases)
 
     def _on_damage(self, line: str) -> None:

@@ -5,8 +5,16 @@ import pytest
 from pydantic import ValidationError
 
 from cognica_poe.analysis.bits_per_byte import DocumentSums
-from cognica_poe.analysis.record import AnalysisRecord, json_schema, load_records, read_record, record_path
+from cognica_poe.analysis.record import (
+    AnalysisRecord,
+    MadeFrom,
+    json_schema,
+    load_records,
+    read_record,
+    record_path,
+)
 from cognica_poe.errors import UserError
+from cognica_poe.seals import write_sealed
 
 
 def fields(step=100):
@@ -108,7 +116,11 @@ def test_damaged_files_are_a_users_mistake(tmp_path):
     with pytest.raises(UserError, match="not found"):
         read_record(tmp_path / "step-1.json")
     (tmp_path / "step-1.json").write_text('{"step": 1')
-    with pytest.raises(UserError, match=r"step-1\.json is not valid") as error:
+    with pytest.raises(UserError, match=r"step-1\.json is not valid JSON") as error:
+        read_record(tmp_path / "step-1.json")
+    assert "\n" not in str(error.value)
+    write_sealed(tmp_path / "step-1.json", {"step": 1})
+    with pytest.raises(UserError, match=r"step-1\.json is not valid: tokens_seen") as error:
         read_record(tmp_path / "step-1.json")
     assert "\n" not in str(error.value)
     record = AnalysisRecord.model_validate(fields())
@@ -116,7 +128,26 @@ def test_damaged_files_are_a_users_mistake(tmp_path):
     path = record.write(tmp_path)
     stored = path.with_suffix(".documents.npz")
     stored.write_bytes(stored.read_bytes()[:100])
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, match=r"documents\.npz is corrupt"):
+        read_record(path)
+
+
+def test_a_record_carries_its_own_digest_and_that_of_its_sums(tmp_path):
+    record = AnalysisRecord.model_validate({**fields(), "made_from": dict.fromkeys(MadeFrom.model_fields, "ab" * 32)})
+    record._documents = sums()
+    path = record.write(tmp_path)
+    written = path.read_text()
+    for old, new in (('"full": 1.5', '"full": 1.6'), ("abab", "abac"), ('"seconds": 1.0', '"seconds": 2.0')):
+        path.write_text(written.replace(old, new, 1))
+        with pytest.raises(UserError, match=r"step-100\.json was changed after it was written: .* expected '"):
+            read_record(path)
+    path.write_text(json.dumps(json.loads(written)))  # white space is no content
+    again = read_record(path)
+    assert again.sha256 == record.sha256 and again.made_from.data == "ab" * 32
+    again.write(tmp_path)
+    assert path.read_text() == written
+    path.write_text(json.dumps({**fields(), "made_from": None}))
+    with pytest.raises(UserError, match="carries no sha256"):
         read_record(path)
 
 

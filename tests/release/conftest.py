@@ -1,5 +1,8 @@
 """A tiny tokenizer and release folders made from the shared test model."""
 
+import hashlib
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -23,6 +26,12 @@ def record_of(model, step: int) -> dict:
 def release_model(seed: int = 0, dtype=torch.float32):
     """The shared test model with the vocabulary of the test tokenizer."""
     return make_model(seed, dtype, vocab_size=VOCAB)
+
+
+def add_line(manifest: Path, line: str) -> None:
+    """Add a line to a manifest and seal it again, as somebody with bad intent would."""
+    body = manifest.read_bytes().partition(b"# sha256 ")[0] + f"{line}\n".encode()
+    manifest.write_bytes(body + f"# sha256 {hashlib.sha256(body).hexdigest()}\n".encode())
 
 
 @pytest.fixture(scope="session")

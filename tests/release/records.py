@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
-from cognica_poe.files import write_bytes, write_json
+from cognica_poe.data.manifest import DataManifest
+from cognica_poe.files import write_bytes, write_json, write_manifest
+from cognica_poe.seals import sealed_line, write_sealed
 
 STAGES = 4
 HOSTILE = "a | b `code` <script>alert(1)</script> [x](http://evil) \u202eabc\x1b[31m\n# heading\n---\n" + "long " * 200
@@ -108,7 +109,7 @@ RELEASE = {
 def make_run(folder: Path, *, name: str = "tiny-poe", path: str = "pool", steps: tuple[int, ...] = (0, 100, 200, 300)):
     """A run folder with records, metrics of every step, a cut last line, a recipe, events and a data manifest."""
     for step in steps:
-        write_json(folder / "analysis" / f"step-{step}.json", make_record(step, name=name, path=path))
+        write_sealed(folder / "analysis" / f"step-{step}.json", make_record(step, name=name, path=path))
     lines = []
     for step in range(1, steps[-1] + 1):
         loss = 9.0 / (1 + step / 15) ** 0.4 + 0.1 * math.sin(step * 7.3)
@@ -116,10 +117,19 @@ def make_run(folder: Path, *, name: str = "tiny-poe", path: str = "pool", steps:
         line["tokens_per_second"] = 5200 + 150 * math.sin(step)
         if path == "pool":
             line["loss_stages"] = [loss * (1.03 - 0.01 * k) for k in range(STAGES)]
-        lines.append(json.dumps(line))
+        lines.append(sealed_line(line))
     write_bytes(folder / "metrics.jsonl", ("\n".join(lines) + '\n{"step": 9999, "lo').encode())
-    write_bytes(folder / "events.jsonl", b'{"step": 120, "event": "resume", "world_size": 1}\n')
+    event = sealed_line({"step": 120, "event": "resume", "world_size": 1})
+    write_bytes(folder / "events.jsonl", f"{event}\n".encode())
     recipe = {"name": name, "description": "A model <small> enough for a laptop.", "model": {"hidden_size": 256}}
-    write_json(folder / "recipe.json", recipe)
-    write_json(folder / "data" / "manifest.json", {"sources": RELEASE["data"]["sources"]})
+    write_sealed(folder / "recipe.json", recipe)
+    write_json(folder / "data" / "manifest.json", _data_manifest())
+    write_manifest(folder / "data", "data")
     return folder
+
+
+def _data_manifest() -> dict[str, Any]:
+    sources = [{**source, "val_documents": 1, "val_bytes": 90} for source in RELEASE["data"]["sources"]]
+    asked = {"mix": "docs", "seed": 0, "val_fraction": 0.1, "val_min_bytes": 1, "max_bytes": None}
+    held = {"documents": 10, "bytes": 900, "splits": {}, "shards": [], "sources": sources}
+    return DataManifest.model_validate({**asked, **held, "dropped": {}, "versions": {}}).model_dump(mode="json")

@@ -11,7 +11,7 @@ from cognica_poe.errors import UserError
 from cognica_poe.files import MANIFEST, Manifest, write_manifest
 from cognica_poe.release.export import REQUIRED, card_of, check_release, load_release
 from cognica_poe.release.publish.clean_load import logits_in_clean_process
-from tests.release.conftest import BOUNDS, record_of, release_model
+from tests.release.conftest import BOUNDS, add_line, record_of, release_model
 
 IDS = [271, 4, 9, 16, 25, 36, 49, 64, 81, 100, 121, 144, 169, 196, 225, 256, 3, 5, 8]
 
@@ -155,8 +155,7 @@ def test_a_step_that_is_no_whole_number_is_refused(releases, tmp_path, step):
 @pytest.mark.parametrize("name", ["../../x", "/etc/hostname", "sub/x", "a\\b", ".."])
 def test_a_name_that_leads_elsewhere_is_refused(releases, tmp_path, name):
     folder = shutil.copytree(releases[1], tmp_path / "release")
-    with open(folder / MANIFEST, "a") as manifest:
-        manifest.write(f"{'0' * 64}  {name}\n")
+    add_line(folder / MANIFEST, f"{'0' * 64}  {name}")
     with pytest.raises(UserError, match=r"cannot be used as a name|is missing"):
         check_release(folder)
 

@@ -11,6 +11,7 @@ everywhere.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -28,7 +29,9 @@ from cognica_poe.files import (
     write_bytes,
 )
 from cognica_poe.leftovers import partial_file, sweep
-from cognica_poe.release.publish.tree import Tree, content_id, source_sha256
+from cognica_poe.release.publish.tree import DamagedRevision, Tree, content_id, source_sha256
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 class HubFolder:
@@ -50,14 +53,37 @@ class HubFolder:
         """``{name: commit}``. Raises UserError for a reference that names no commit."""
         files = [file for file in sorted((self.base / "refs").glob("*")) if file.is_file()]
         texts = {file: file.read_text(encoding="utf-8", errors="replace").strip() for file in files}
-        return {file.name: safe_name(text, f"{file}: commit") for file, text in texts.items()}
+        for file, text in texts.items():
+            if not _COMMIT.fullmatch(safe_name(text, f"{file}: commit")):
+                raise UserError(f"{file} is corrupt: it names no revision; delete it and publish again")
+        return {file.name: text for file, text in texts.items()}
 
     def read(self, commit: str, name: str) -> bytes:
-        """One file of a revision."""
+        """One file of a revision. Raises DamagedRevision where it is not what the revision's id and manifest say."""
+        manifest = self._read(commit, MANIFEST)
+        if (found := content_id(manifest)) != commit:
+            raise DamagedRevision(
+                f"{self.snapshot(commit) / MANIFEST} is corrupt: its id is {found[:12]}, expected {commit[:12]}; "
+                "publish that step again"
+            )
+        if name == MANIFEST:
+            return manifest
+        file, data = self.snapshot(commit) / safe_name(name, "file name"), self._read(commit, name)
+        expected = Manifest.parse(manifest, file.parent / MANIFEST).digests.get(name, "of no listed file")
+        if (digest := source_sha256(data)) != expected:
+            raise DamagedRevision(
+                f"{file} is corrupt: its sha256 is {digest[:12]}, expected {expected[:12]}; publish that step again"
+            )
+        return data
+
+    def _read(self, commit: str, name: str) -> bytes:
+        file = self.snapshot(commit) / safe_name(name, "file name")
         try:
-            return (self.snapshot(commit) / safe_name(name, "file name")).read_bytes()
+            return file.read_bytes()
         except FileNotFoundError as error:
-            raise UserError(f"{self.snapshot(commit) / name} is missing: publish that step again") from error
+            raise DamagedRevision(
+                f"{file} is missing, and a file in {self.base / 'refs'} names that revision: publish that step again"
+            ) from error
 
     def snapshot(self, commit: str) -> Path:
         """The folder of a revision."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -22,7 +22,7 @@ from cognica_poe.release.export import Release, check_release
 from cognica_poe.release.publish.clean_load import logits_in_clean_process
 from cognica_poe.release.publish.hub_folder import HubFolder
 from cognica_poe.release.publish.hub_remote import HubRepo
-from cognica_poe.release.publish.tree import Published, Tree, code_of, main_tree, tree_of
+from cognica_poe.release.publish.tree import DamagedRevision, Published, Tree, code_of, main_tree, tree_of
 
 _STEP = re.compile(r"step-(0|[1-9][0-9]{0,17})")
 
@@ -90,7 +90,7 @@ def publish(
             raise UserError(f"{releases[release.step].path} and {release.path} are both of step {release.step}")
         releases[release.step] = release
     hub.open()
-    before = _published(hub, hub.refs())
+    before = _published(hub, hub.refs(), set(releases), log)
     pending = _pending(hub, releases, before, replace)
     _check_uniqueness(releases, before)
     for step, release in releases.items():
@@ -125,15 +125,27 @@ def open_hub(dest: str, repo_id: str | None = None) -> Hub:
     return HubRepo(dest)
 
 
-def _published(hub: Hub, refs: dict[str, str]) -> dict[int, Published]:
-    """Every step on the hub, by its own manifest and record."""
+def _published(
+    hub: Hub,
+    refs: dict[str, str],
+    replaceable: Collection[int] = (),
+    log: Callable[[str], None] = lambda line: None,
+) -> dict[int, Published]:
+    """Every step on the hub, by its own manifest and record; without damaged ones that are ``replaceable``."""
     found = {}
     for name, commit in refs.items():
         match = _STEP.fullmatch(name)
         if match:
             step = int(match.group(1))
-            manifest = Manifest.parse(hub.read(commit, MANIFEST), f"{MANIFEST} of {name} at {hub.where}")
-            found[step] = Published(step, commit, manifest.digests, json.loads(hub.read(commit, "analysis.json")))
+            try:
+                manifest = Manifest.parse(hub.read(commit, MANIFEST), f"{MANIFEST} of {name} at {hub.where}")
+                record = json.loads(hub.read(commit, "analysis.json"))
+            except DamagedRevision as error:
+                if step not in replaceable:
+                    raise
+                log(f"publish: {name} is stored again: {str(error).partition(';')[0]}")
+                continue
+            found[step] = Published(step, commit, manifest.digests, record)
     return found
 
 

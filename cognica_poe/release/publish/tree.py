@@ -9,12 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cognica_poe.errors import UserError
 from cognica_poe.files import MANIFEST, Manifest, sha256_file
 from cognica_poe.release.card.markdown import render_card
 from cognica_poe.release.export import WEIGHTS, Release
 
 Tree = dict[str, Path | bytes]
 TRAJECTORY = "trajectory.jsonl"
+
+
+class DamagedRevision(UserError):
+    """A published revision that is not what it was: publishing its step again repairs it."""
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from markdown_it import MarkdownIt
 
 from cognica_poe.analysis.record import AnalysisRecord
 from cognica_poe.errors import UserError
-from cognica_poe.files import write_json
 from cognica_poe.release.card.markdown import render_card
 from cognica_poe.release.report.html import write_report
 from cognica_poe.release.text import html_text, markdown_text, visible
+from cognica_poe.seals import write_sealed
 from tests.release.records import HOSTILE, RELEASE, make_record, make_run
 
 RECORDS = [make_record(step) for step in (0, 100, 300)]
@@ -106,7 +106,7 @@ def test_the_gap_is_read_by_its_interval_and_against_the_deepest_stage_alone(tmp
     record = make_record(300)
     record["crossover_gap"] |= {"low": low, "high": high}
     run = make_run(tmp_path / "run")
-    write_json(run / "analysis" / "step-300.json", record)
+    write_sealed(run / "analysis" / "step-300.json", record)
     page = write_report([run], tmp_path / "page.html").read_text()
     for text in (render_card([record], RELEASE), page):
         assert reading in text and "best single member" not in text and "pooling the stages helps" not in text

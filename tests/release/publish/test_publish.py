@@ -16,8 +16,8 @@ from cognica_poe.release.publish import hub_folder
 from cognica_poe.release.publish.clean_load import logits_in_clean_process
 from cognica_poe.release.publish.hub_folder import HubFolder, resolve_revision
 from cognica_poe.release.publish.revisions import publish
-from cognica_poe.release.publish.tree import tree_of
-from tests.release.conftest import release_model
+from cognica_poe.release.publish.tree import content_id, tree_of
+from tests.release.conftest import add_line, release_model
 
 REPO = "cognica/tiny-poe"
 IDS = [271, 4, 9, 16, 25, 36]
@@ -188,14 +188,39 @@ def test_code_that_differs_between_steps_is_refused(releases, tmp_path):
 
 def _forge(hub: HubFolder, ref: str, name: str, content: bytes) -> None:
     """Point ``ref`` at a revision made by somebody else, whose manifest lists ``name`` too."""
-    commit = hub.refs()[ref]
-    forged = hub.base / "snapshots" / ("f" * 40)
-    shutil.copytree(hub.snapshot(commit), forged)
-    lines = (forged / MANIFEST).read_text() + f"{hashlib.sha256(content).hexdigest()}  {name}\n"
-    (forged / MANIFEST).write_text(lines)
+    made = hub.base / "snapshots" / "made"
+    shutil.copytree(hub.snapshot(hub.refs()[ref]), made)
+    add_line(made / MANIFEST, f"{hashlib.sha256(content).hexdigest()}  {name}")
+    commit = content_id((made / MANIFEST).read_bytes())
+    forged = made.rename(hub.snapshot(commit))
     (forged / name).resolve().parent.mkdir(parents=True, exist_ok=True)
     (forged / name).write_bytes(content)
-    (hub.base / "refs" / ref).write_text("f" * 40)
+    (hub.base / "refs" / ref).write_text(commit)
+
+
+def flip(file, at):
+    data = bytearray(file.read_bytes())
+    data[at % len(data)] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", [MANIFEST, "analysis.json", "reference"])
+def test_a_damaged_revision_is_named_and_publishing_its_step_again_repairs_it(releases, tmp_path, name):
+    dest, lines = f"file:{tmp_path / 'hub'}", []
+    done = publish(releases[:2], dest, REPO)
+    hub = HubFolder(tmp_path / "hub", REPO)
+    file = hub.base / "refs" / "step-0" if name == "reference" else hub.snapshot(done.revisions[0]) / name
+    before = file.read_bytes()
+    for at in (0, len(before) // 2, -1):
+        if name == "reference":
+            file.write_bytes(b"%040x" % at if at >= 0 else before[::-1])
+        else:
+            flip(file, at)
+        with pytest.raises(UserError, match=f"{hub.base}.*publish that step again"):
+            publish(releases[2:], dest, REPO)
+        assert publish(releases[:2], dest, REPO, log=lines.append).revisions == done.revisions
+        assert any("step-0 is stored again" in line for line in lines) and file.read_bytes() == before
+    assert json.loads(hub.read(done.revisions[0], "analysis.json"))["step"] == 0
 
 
 @pytest.mark.parametrize("name", ["../../x", "../../../../escaped", "sub/x", "a\\b"])

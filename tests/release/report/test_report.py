@@ -1,17 +1,21 @@
 """The report: one safe, self-contained, repeatable page of what the run folder holds."""
 
-import json
 import re
 from html.parser import HTMLParser
 
 import pytest
 
 from cognica_poe.errors import UserError
+from cognica_poe.files import Manifest, write_bytes
+from cognica_poe.release.publish.tree import content_id
 from cognica_poe.release.report import drawing
 from cognica_poe.release.report.html import write_report
 from cognica_poe.release.report.run_folder import read_run
+from cognica_poe.seals import sealed_line, write_sealed
 from tests.release.records import make_record, make_run
 
+REVISION = Manifest("release", {"a": "0" * 64}).data()
+COMMIT = content_id(REVISION)
 _VOID = {"meta", "br", "hr", "img", "link", "input"}
 
 
@@ -49,10 +53,10 @@ class _Page(HTMLParser):
 def report(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     runs = [make_run(folder / "tiny"), make_run(folder / "tiny-bp", name="tiny-bp", path="plain")]
-    refs = folder / "tiny" / "release" / "hub" / "models--cognica--tiny-poe" / "refs"
-    refs.mkdir(parents=True)
+    hub = folder / "tiny" / "release" / "hub" / "models--cognica--tiny-poe"
+    write_bytes(hub / "snapshots" / COMMIT / "MANIFEST.sha256", REVISION)
     for name in ("step-0", "step-100", "step-300", "main"):
-        (refs / name).write_text("ab" * 20)
+        write_bytes(hub / "refs" / name, COMMIT.encode())
     file = write_report(runs, folder / "report")
     return runs, file, file.read_text()
 
@@ -90,9 +94,9 @@ def test_every_plot_and_every_record_is_shown(report):
         assert f"<h3>{title}</h3>" in text
     for step in (0, 100, 200, 300):
         assert f"{make_record(step)['bpb']['full']:.4f}" in page.text
-    assert "primed xz" in page.text and "docs|x" in page.text and "1 unreadable line" in page.text
+    assert "primed xz" in page.text and "docs|x" in page.text
     assert page.text.count("resume") == 2
-    assert 'revision="step-300"' in page.text and "ab" * 20 in page.text
+    assert 'revision="step-300"' in page.text and COMMIT in page.text
 
 
 def test_what_a_model_wrote_cannot_act(report):
@@ -112,15 +116,14 @@ def test_a_changed_record_changes_the_plot(tmp_path):
     before = re.findall(r"<svg.*?</svg>", write_report([run], tmp_path).read_text(), re.S)
     record = make_record(100)
     record["wand_bounds"][1] += 0.3
-    (run / "analysis" / "step-100.json").write_text(json.dumps(record))
+    write_sealed(run / "analysis" / "step-100.json", record)
     after = re.findall(r"<svg.*?</svg>", write_report([run], tmp_path).read_text(), re.S)
     assert [a == b for a, b in zip(before, after, strict=True)].count(False) == 1
 
 
 def test_records_alone_are_enough(tmp_path):
-    (tmp_path / "analysis").mkdir()
     bare = {key: make_record(5)[key] for key in ("step", "model", "bpb")}
-    (tmp_path / "analysis" / "step-5.json").write_text(json.dumps(bare))
+    write_sealed(tmp_path / "analysis" / "step-5.json", bare)
     text = write_report([tmp_path], tmp_path / "report").read_text()
     assert "Bits per byte by path" in text and "WAND bounds</h3>" not in text
     _Page(text)
@@ -128,11 +131,30 @@ def test_records_alone_are_enough(tmp_path):
 
 def test_a_resumed_step_counts_once_with_its_last_line(tmp_path):
     run = make_run(tmp_path / "a", steps=(0, 10))
-    with open(run / "metrics.jsonl", "w") as file:
-        file.write('{"step": 1, "loss": 5.0}\n{"step": 2, "loss": 4.0}\n{"step": 2, "loss": 3.0}\nnot json\n[1]\n')
-    read = read_run(run)
-    assert [line["loss"] for line in read.metrics] == [5.0, 3.0]
-    assert read.unreadable_lines == 2
+    lines = [sealed_line({"step": step, "loss": loss}) for step, loss in ((1, 5.0), (2, 4.0), (2, 3.0))]
+    (run / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 3')
+    assert [line["loss"] for line in read_run(run).metrics] == [5.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["recipe.json", "metrics.jsonl", "events.jsonl", "analysis/step-0.json", "data/manifest.json",
+     "release/hub/models--a--b/refs/main", f"release/hub/models--a--b/snapshots/{COMMIT}/MANIFEST.sha256"],
+)  # fmt: skip
+def test_a_changed_byte_is_named(tmp_path, name):
+    run = make_run(tmp_path / "a", steps=(0, 10))
+    hub = run / "release" / "hub" / "models--a--b"
+    write_bytes(hub / "snapshots" / COMMIT / "MANIFEST.sha256", REVISION)
+    write_bytes(hub / "refs" / "main", COMMIT.encode())
+    read_run(run)
+    file = run / name
+    data = file.read_bytes()
+    at = data.find(b"0", 20)
+    file.write_bytes(data[:at] + b"1" + data[at + 1 :])
+    with pytest.raises(UserError) as caught:
+        read_run(run)
+    known = file.parent if name.endswith("refs/main") else file
+    assert str(known) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_mistakes_are_told(tmp_path):
@@ -146,10 +168,10 @@ def test_mistakes_are_told(tmp_path):
     (tmp_path / "analysis" / "step-1.json").write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):
         write_report([tmp_path], tmp_path)
-    (tmp_path / "analysis" / "step-1.json").write_text(json.dumps(make_record(2)))
+    write_sealed(tmp_path / "analysis" / "step-1.json", make_record(2))
     with pytest.raises(UserError, match="is of step 2"):
         write_report([tmp_path], tmp_path)
-    (tmp_path / "analysis" / "step-1.json").write_text("{}")
+    write_sealed(tmp_path / "analysis" / "step-1.json", {})
     with pytest.raises(UserError, match="no step or bits per byte"):
         write_report([tmp_path], tmp_path)
 
