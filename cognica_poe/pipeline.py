@@ -6,6 +6,7 @@ goes on where it stopped.
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,15 +16,19 @@ from cognica_poe.analysis.record import AnalysisRecord, MadeFrom, load_records, 
 from cognica_poe.data.build import build
 from cognica_poe.data.manifest import load_manifest, read_documents
 from cognica_poe.data.rows.reader import Rows
-from cognica_poe.data.tokenizer import load_tokenizer, train_tokenizer
+from cognica_poe.data.tokenizer import copy_tokenizer, load_tokenizer, train_tokenizer
 from cognica_poe.errors import UserError
 from cognica_poe.files import Manifest
+from cognica_poe.leftovers import sweep
+from cognica_poe.locks import require_settled
 from cognica_poe.recipe.fields import Recipe
 from cognica_poe.recipe.rules import Change, changes, check_run
 from cognica_poe.recipe.stored import load_run_recipe, save_recipe
 from cognica_poe.seals import read_sealed, write_sealed
 from cognica_poe.training.build import build_model
 from cognica_poe.training.checkpoint import CheckpointFolder
+from cognica_poe.training.initial import FOLDER as INITIAL
+from cognica_poe.training.initial import Source, open_source, read_origin
 from cognica_poe.training.journal import Journal
 from cognica_poe.training.lineage import require_data, require_made_from, require_parts, require_tokenizer
 from cognica_poe.training.precision import default_device
@@ -31,13 +36,16 @@ from cognica_poe.training.precision import default_device
 Log = Callable[[str], None]
 
 
-def prepare(recipe: Recipe, run: Path, log: Log, resume: bool = False) -> None:
+def prepare(recipe: Recipe, run: Path, log: Log, resume: bool = False, init_from: Path | None = None) -> None:
     """Recipe, data and tokenizer of a run folder, as far as they are not there yet.
+
+    With ``init_from`` a release or checkpoint folder whose weights and tokenizer a new run takes over.
 
     Raises UserError, and writes nothing, when no run can start from the recipe or the folder belongs to another one.
     """
     check_run(recipe)
     run, saved = Path(run), Path(run) / "recipe.json"
+    source = _open_source(recipe, run, init_from, log) if init_from else None
     if saved.is_file():
         earlier = load_run_recipe(saved)
         changed = changes(earlier, recipe)
@@ -52,6 +60,8 @@ def prepare(recipe: Recipe, run: Path, log: Log, resume: bool = False) -> None:
     if saved.is_file():
         _record_changes(run, recipe, changed, log)
     data, tokenizer = run / "data", run / "tokenizer"
+    require_settled(data, tokenizer)
+    sweep_run(run)
     if not (data / "manifest.json").is_file():
         options = recipe.data
         build(
@@ -63,7 +73,15 @@ def prepare(recipe: Recipe, run: Path, log: Log, resume: bool = False) -> None:
             max_bytes=options.max_bytes,
             log=log,
         )
+    if source:
+        source.keep(run)
+        event = {"event": "weights taken over", "step": 0, "from": dataclasses.asdict(source.origin)}
+        Journal(run / "events.jsonl", True).write(event)
+        log(f"weights: those of {source.origin.name}, step {source.origin.step}")
     save_recipe(recipe, saved)
+    origin = read_origin(run)
+    if origin and not (tokenizer / "tokenizer.json").is_file():
+        copy_tokenizer(run / INITIAL / "tokenizer.json", tokenizer, {"weights": origin.sha256})
     if not (tokenizer / "tokenizer.json").is_file():
         texts = (document.text for document in read_documents(data, "train"))
         made_from = {"data": load_manifest(data).sha256}
@@ -77,6 +95,21 @@ def _require_own_parts(run: Path, recipe: Recipe) -> None:
     manifest = require_data(run, recipe) if (run / "data" / "manifest.json").is_file() else None
     if (run / "tokenizer" / "tokenizer.json").is_file():
         require_tokenizer(run, recipe, manifest)
+
+
+def _open_source(recipe: Recipe, run: Path, path: Path, log: Log) -> Source | None:
+    """What a new run starts from; None when the run has started from it. Raises UserError for any other run."""
+    origin = read_origin(run)
+    if origin is not None and not path.exists():
+        log(f"--init-from {path} is gone: {run} has kept the weights of {origin.name}, step {origin.step}")
+        return None
+    source = open_source(path, recipe)
+    if origin == source.origin:
+        return None
+    if origin is not None or (run / "checkpoints").is_dir() or (run / "tokenizer").is_dir():
+        began = f"from {origin.name}, step {origin.step}" if origin else "without those weights"
+        raise UserError(f"{run} started {began}: --init-from {path} is for a new run; choose another --out")
+    return source
 
 
 def _record_changes(run: Path, recipe: Recipe, changed: Sequence[Change], log: Log) -> None:
@@ -95,6 +128,11 @@ def _record_changes(run: Path, recipe: Recipe, changed: Sequence[Change], log: L
         Journal(run / "events.jsonl", True).write({"event": "recipe changed", "step": reached, "changes": said})
     for change in changed:
         log(f"recipe changed at step {reached}: {change.option} was {change.before}, is {change.after}")
+
+
+def sweep_run(run: Path) -> None:
+    """Remove what dead processes left half-written in a run folder."""
+    sweep(run, *(Path(run) / part for part in ("checkpoints", "analysis", "release", "report")))
 
 
 def open_rows(run: Path, recipe: Recipe, log: Log = lambda line: None) -> Rows:
@@ -179,9 +217,15 @@ def export_step(run: Path, recipe: Recipe, model: Any, step: int, log: Log, out:
         name=recipe.release.repo_id.split("/")[-1],
         step=step,
         repo_id=recipe.release.repo_id,
-        about={"data": data, "made_from": parts},
+        about={**_started_from(run), "data": data, "made_from": parts},
         log=log,
     )
+
+
+def _started_from(run: Path) -> dict[str, Any]:
+    """What a release says of the weights that its run took over."""
+    origin = read_origin(run)
+    return {"started_from": dataclasses.asdict(origin)} if origin else {}
 
 
 def publish_run(run: Path, recipe: Recipe, steps: Sequence[int], log: Log) -> None:
@@ -226,13 +270,19 @@ def checkpoint_steps(run: Path, wanted: Sequence[int]) -> list[int]:
 
 
 def run_recipe(
-    recipe: Recipe, run: Path, *, resume: bool, log: Log, progress: Callable[[int, dict], None]
+    recipe: Recipe,
+    run: Path,
+    *,
+    resume: bool,
+    log: Log,
+    progress: Callable[[int, dict], None],
+    init_from: Path | None = None,
 ) -> list[int]:
     """Train ``recipe`` in ``run`` and release every step of its schedule; returns the released steps."""
     from cognica_poe.release.report.html import write_report
     from cognica_poe.training.trainer import Trainer
 
-    prepare(recipe, run, log, resume)
+    prepare(recipe, run, log, resume, init_from)
     trainer = Trainer(recipe, run, open_rows(run, recipe, log), resume=resume, log=log, progress=progress)
 
     def release(step: int) -> None:

@@ -23,6 +23,7 @@ def export(run: RunFolder, step: Natural, out: Path | None = None) -> None:
     from cognica_poe.files import require_apart, require_replaceable
 
     recipe = pipeline.read_recipe(run)
+    pipeline.sweep_run(run)
     out = out or run / "release" / f"step-{step}"
     for part in [*run.iterdir(), run / "release" / "hub"]:  # of a run, only RUN/release takes further folders
         if part != run / "release":
@@ -44,6 +45,7 @@ def publish(run: RunFolder, to: str, replace: Flag = False, json: Flag = False) 
     from cognica_poe.release.publish.revisions import publish as publish_folders
 
     recipe = pipeline.read_recipe(run)
+    pipeline.sweep_run(run)
     folders = sorted((run / "release").glob("step-*"))
     repo_id = recipe.release.repo_id if to.startswith("file:") else None
     done = publish_folders(folders, to, repo_id, replace=replace, log=log)

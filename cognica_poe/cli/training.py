@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from pathlib import Path
@@ -13,9 +14,10 @@ from cognica_poe.cli.arguments import Flag, RecipeFields, RecipeName
 from cognica_poe.cli.output import as_dicts, print_json, print_records, print_samples, print_table
 from cognica_poe.cli.progress import TrainingProgress, log
 from cognica_poe.errors import UserError
+from cognica_poe.locks import hold
 from cognica_poe.planning.cluster import Cluster
 from cognica_poe.recipe.named import find_recipe
-from cognica_poe.recipe.rules import check
+from cognica_poe.recipe.rules import check, check_run
 
 if TYPE_CHECKING:
     from cognica_poe.planning.costs import Figure
@@ -24,7 +26,14 @@ if TYPE_CHECKING:
 SAMPLE_PROMPT = "Return a list of the"
 
 
-def run(recipe: RecipeName, settings: RecipeFields, out: Path, resume: Flag = False, json: Flag = False) -> None:
+def run(
+    recipe: RecipeName,
+    settings: RecipeFields,
+    out: Path,
+    resume: Flag = False,
+    init_from: Path | None = None,
+    json: Flag = False,
+) -> None:
     """Whole life of a model: data, tokenizer, training, a measured release per step, report, sample text.
 
     Every field of the recipe is an option.
@@ -34,6 +43,7 @@ def run(recipe: RecipeName, settings: RecipeFields, out: Path, resume: Flag = Fa
         settings: The recipe.
         out: Run folder.
         resume: Go on with an interrupted run.
+        init_from: Start from the weights and the tokenizer of a release folder, or of RUN/checkpoints/step-N.
         json: Print one JSON document instead of tables.
     """
     from cognica_poe import pipeline
@@ -43,8 +53,9 @@ def run(recipe: RecipeName, settings: RecipeFields, out: Path, resume: Flag = Fa
     check(settings)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("run is for one process: under torchrun use `train`, then `analyze`, `export` and `publish`")
-    with TrainingProgress(settings.training.steps) as progress:
-        steps = pipeline.run_recipe(settings, out, resume=resume, log=log, progress=progress)
+    check_run(settings)
+    with hold(out, log=log), TrainingProgress(settings.training.steps) as progress:
+        steps = pipeline.run_recipe(settings, out, resume=resume, log=log, progress=progress, init_from=init_from)
     samples = generate_samples(*load(out / "release" / f"step-{steps[-1]}"), SAMPLE_PROMPT)
     records = pipeline.load_records(out / "analysis")
     if json:
@@ -62,7 +73,14 @@ def run(recipe: RecipeName, settings: RecipeFields, out: Path, resume: Flag = Fa
     print("                      local_files_only=True, trust_remote_code=True)")
 
 
-def train(recipe: RecipeName, settings: RecipeFields, out: Path, resume: Flag = False, json: Flag = False) -> None:
+def train(
+    recipe: RecipeName,
+    settings: RecipeFields,
+    out: Path,
+    resume: Flag = False,
+    init_from: Path | None = None,
+    json: Flag = False,
+) -> None:
     """Train only, on one process or, under torchrun, on many; checkpoints land in OUT/checkpoints.
 
     Every field of the recipe is an option.
@@ -72,16 +90,19 @@ def train(recipe: RecipeName, settings: RecipeFields, out: Path, resume: Flag = 
         settings: The recipe.
         out: Run folder.
         resume: Go on with an interrupted run.
+        init_from: Start from the weights and the tokenizer of a release folder, or of RUN/checkpoints/step-N.
         json: Print one JSON document instead of text.
     """
     from cognica_poe import pipeline
     from cognica_poe.training.parallel.ranks import join_ranks
     from cognica_poe.training.trainer import Trainer
 
-    check(settings)
-    with join_ranks() as ranks:
+    check_run(settings)
+    with contextlib.ExitStack() as stack:
+        ranks = stack.enter_context(join_ranks())
         resume = resume or ranks.restarts > 0
-        ranks.on_first(lambda: pipeline.prepare(settings, out, log, resume))
+        ranks.on_first(lambda: stack.enter_context(hold(out, log=log)))
+        ranks.on_first(lambda: pipeline.prepare(settings, out, log, resume, init_from))
         rows = pipeline.open_rows(out, settings, log if ranks.is_first else lambda line: None)
         with TrainingProgress(settings.training.steps) as progress:
             trainer = Trainer(settings, out, rows, resume=resume, log=log, progress=progress, ranks=ranks)

@@ -12,19 +12,21 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 
 from cognica_poe.data.rows.reader import Rows
 from cognica_poe.errors import TrainingStopped, UserError
+from cognica_poe.interrupts import Interrupted, interruptible
 from cognica_poe.recipe.fields import Recipe
 from cognica_poe.training.backlog import Backlog, LaunchedStep, Progress
-from cognica_poe.training.build import build_model, build_objective_and_optimizer, rows_of_a_rank
+from cognica_poe.training.build import build_model, build_objective_and_optimizer, rows_of_a_rank, works_by_stages
 from cognica_poe.training.checkpoint import Checkpoint, CheckpointFolder
 from cognica_poe.training.compilation import bounded_compilation, compile_blocks, without_compilation
 from cognica_poe.training.guard import Decision, SpikePolicy, StepGuard
+from cognica_poe.training.initial import initial_weights
 from cognica_poe.training.journal import Journal
 from cognica_poe.training.lineage import parts_of, require_made_from
 from cognica_poe.training.memory import copy_to_device, copy_to_host, keep_freed_memory
@@ -32,6 +34,7 @@ from cognica_poe.training.optim.schedule import Schedule
 from cognica_poe.training.parallel.ranks import Ranks
 from cognica_poe.training.precision import choose_attention, choose_compute_dtype, default_device
 from cognica_poe.training.soundness import require_equal, require_finite
+from cognica_poe.training.stopping import StopRequests
 
 Log = Callable[[str], None]
 
@@ -68,9 +71,11 @@ class Trainer:
         self.checkpoints = CheckpointFolder(self.run / "checkpoints", self._on_damage, self.ranks)
         self.made_from = parts_of(recipe, rows.manifest, rows.tokenizer)
         """sha256 of recipe, data and tokenizer, for every checkpoint."""
+        self.requests = StopRequests(self.run, self.ranks)
         self.step = 0
+        self.saved: int | None = None
+        """Step of the checkpoint that holds what this process holds, or held when it stood there."""
         self.started = False
-        self._stop = False
 
     # ---- beginning ------------------------------------------------------------------------------------------------
 
@@ -92,6 +97,8 @@ class Trainer:
         if found is not None:
             self._restore(found)
             self.log(f"resumed at step {self.step}")
+        elif (weights := initial_weights(self.run)) is not None:
+            self.optimizer.load_weights(weights)
         self.releases = self.policy.releases(self.recipe.released_steps())
         """Steps to release: those of the recipe without what roll-backs and steps left out have taken from it."""
         self.metrics = Journal(self.run / "metrics.jsonl", self.ranks.is_first, self.step, self.log)
@@ -150,7 +157,7 @@ class Trainer:
         except (RuntimeError, ValueError) as error:
             first = str(error).strip().splitlines()[-1].strip()
             raise UserError(f"{self.checkpoints.path(found.step)} does not fit this recipe: {first}") from error
-        self.step = found.step
+        self.step = self.saved = found.step
 
     # ---- steps ----------------------------------------------------------------------------------------------------
 
@@ -158,22 +165,21 @@ class Trainer:
         """Run to the last step; the first rank calls ``at_release(step)`` after the checkpoint of every released step.
 
         Raises:
-            TrainingStopped: after SIGTERM or SIGINT on any rank, once the step was saved; on every rank.
+            TrainingStopped: on every rank, after SIGTERM or SIGINT on any of them, or once there is a file ``stop`` in
+                the run folder. The last complete step is saved then; a step under way is dropped.
             UserError: as for ``start``; loss or gradient stayed non-finite (no such step is applied), a weight became
                 so (no such weight is saved), the weights of the ranks came to differ, or the disk is full.
         """
         if not self.started:
             self.start()
-        previous = {sig: signal.signal(sig, self._on_signal) for sig in (signal.SIGTERM, signal.SIGINT)}
         self.events.write({"event": "resume" if self.step else "start", "step": self.step, **self._facts()})
-        try:
+        with self.requests.heed(self.checkpoints.steps):
             with bounded_compilation() if self.compiled else contextlib.nullcontext():
                 self._train(at_release)
             self.checkpoints.wait()
+            if self.requests.asked():
+                self._stop()
             self.events.write({"event": "end", "step": self.step})
-        finally:
-            for sig, handler in previous.items():
-                signal.signal(sig, handler)
 
     def _train(self, at_release: Callable[[int], None]) -> None:
         """All steps that are left, with the comparisons, checkpoints and releases that fall due between them."""
@@ -181,20 +187,16 @@ class Trainer:
         if self.step in self.releases:
             self._save_and_release(at_release)
         while self._goes_on():
-            self._train_step()
+            stop = not self._train_step()
             rolled_back = self._read(self.steps_in_flight)
-            stop = self.ranks.any([self._stop])[0]
             # What is saved has been judged: nothing may be in flight then.
             if rolled_back or ((self._is_due() or stop) and self._read(0)):
                 continue
-            due = self._is_due()
+            due = self._is_due() and not stop
             if due or stop or (compare_every and not self.step % compare_every):
                 require_equal(self.objective.shared(), self.step, self.ranks, self.events)
             if stop:
-                self._save()
-                self.checkpoints.wait()
-                self.events.write({"event": "stopped", "step": self.step})
-                raise TrainingStopped(self.step)
+                self._stop()
             if due:
                 self._save_and_release(at_release if self.step in self.releases else None)
 
@@ -217,10 +219,13 @@ class Trainer:
         periodic = self.step % self.recipe.training.checkpoint_every == 0 and not self.policy.failed(self.step - 1)
         return periodic or self.step in self.releases
 
-    def _train_step(self) -> None:
-        """Launch a step, to be read later."""
+    def _train_step(self) -> bool:
+        """Launch a step, to be read later. False when the run is asked to stop: the step is dropped then."""
         began = time.perf_counter()
         losses = self._backward()
+        if losses is None:
+            self.optimizer.zero_grad()
+            return False
         keep = self.guard.check(losses.mean(), self.optimizer.gradients())
         schedule = self.schedule
         rates = schedule.lr_scale(self.step), schedule.muon_momentum(self.step), schedule.weight_decay_scale(self.step)
@@ -232,18 +237,44 @@ class Trainer:
         on_host = copy_to_host(self.ranks.mean(losses))
         self.backlog.add(LaunchedStep(self.step, began, on_host, self.guard.observation(self.step)))
         self.step += 1
+        return True
 
-    def _backward(self) -> torch.Tensor:
-        """Gradients of this rank's rows of the step; returns their mean losses ``[K]``."""
+    def _backward(self) -> torch.Tensor | None:
+        """Gradients of this rank's rows of the step; returns their mean losses ``[K]``.
+
+        None when the run is asked to stop, found between micro-batches; ranks in a line of stages ask before a step.
+        """
         training = self.recipe.training
-        batch = self.rows.batch(self.step, training.batch_rows)
+        batch = self._batch()
+        if self.requests.asked() or batch is None:
+            return None
         rows = copy_to_device(torch.from_numpy(batch[self.rank_rows]), self.device)
+        in_line = works_by_stages(self.recipe, self.ranks)
         losses, scale = torch.zeros((), device=self.device), training.micro_rows / training.batch_rows
         micro_batches = torch.split(rows, training.micro_rows)
         for i, micro in enumerate(micro_batches):
+            if i and not in_line and self.requests.asked():
+                return None
             with self.optimizer.micro_batch(last=i == len(micro_batches) - 1):
                 losses = losses + self.objective.backward(micro[:, :-1], micro[:, 1:], scale)
         return losses / len(micro_batches)
+
+    def _batch(self) -> np.ndarray | None:
+        """The rows of the step. Packing an epoch of them can take long: None when a signal interrupted it."""
+        try:
+            with interruptible():
+                return self.rows.batch(self.step, self.recipe.training.batch_rows)
+        except Interrupted:
+            return None
+
+    def _stop(self) -> NoReturn:
+        """Save where the run stands, unless that has been done, and end."""
+        if self.saved != self.step:
+            self._save()
+        self.checkpoints.wait()
+        self.events.write({"event": "stopped", "step": self.step})
+        self.requests.obeyed()
+        raise TrainingStopped(self.step, self.requests.number or signal.SIGTERM)
 
     # ---- what reading them leads to -------------------------------------------------------------------------------
 
@@ -316,8 +347,13 @@ class Trainer:
         self._save()
         if at_release is not None and not self.policy.failed(self.step - 1):
             self.checkpoints.wait()
-            with self._as_released():
-                self.ranks.on_first(lambda: at_release(self.step))
+            try:
+                alone = self.ranks.world == 1  # ranks that wait for the first one cannot be told that it left
+                with self._as_released(), interruptible() if alone else contextlib.nullcontext():
+                    self.ranks.on_first(lambda: at_release(self.step))
+            except Interrupted:  # what is measured is measured again when the run resumes
+                if self.requests.asked():
+                    self._stop()
 
     @contextlib.contextmanager
     def _as_released(self) -> Iterator[None]:
@@ -337,14 +373,12 @@ class Trainer:
         require_finite({**weights, **optimizer}, self.step, self.ranks, self.events, self.checkpoints)
         checkpoint = Checkpoint(self.step, weights, optimizer, state, self.made_from)
         self.checkpoints.save(checkpoint, self.background)
+        self.saved = self.step
         self.checkpoints.prune(self.recipe.training.keep_checkpoints, self.releases)
 
     def _on_damage(self, line: str) -> None:
         self.log(line)
         self.events.write({"event": "damaged checkpoint", "found": line})
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._stop = True
 
     def _facts(self) -> dict[str, Any]:
         return {

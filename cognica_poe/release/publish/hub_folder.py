@@ -10,9 +10,11 @@ everywhere.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from cognica_poe.errors import UserError
@@ -29,9 +31,12 @@ from cognica_poe.files import (
     write_bytes,
 )
 from cognica_poe.leftovers import partial_file, sweep
+from cognica_poe.locks import hold
 from cognica_poe.release.publish.tree import DamagedRevision, Tree, content_id, source_sha256
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+
+_WAIT = 600.0  # seconds for another process to finish publishing here
 
 
 class HubFolder:
@@ -42,12 +47,15 @@ class HubFolder:
         self.base = Path(folder) / f"models--{repo_id.replace('/', '--')}"
         self.where = f"file:{folder}"
 
-    def open(self) -> None:
-        """Make the folder, and remove what a killed process left half-written."""
-        for part in ("blobs", "refs", "snapshots"):
-            with disk_errors(self.base):
-                (self.base / part).mkdir(parents=True, exist_ok=True)
-            sweep(self.base / part)
+    @contextlib.contextmanager
+    def open(self) -> Iterator[None]:
+        """Make the folder, keep it for this process, and remove what a killed one left half-written."""
+        with hold(self.base, wait=_WAIT):
+            for part in ("blobs", "refs", "snapshots"):
+                with disk_errors(self.base):
+                    (self.base / part).mkdir(parents=True, exist_ok=True)
+                sweep(self.base / part)
+            yield
 
     def refs(self) -> dict[str, str]:
         """``{name: commit}``. Raises UserError for a reference that names no commit."""

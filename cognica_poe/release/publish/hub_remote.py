@@ -37,10 +37,12 @@ class HubRepo:
         self.where = repo_id
         self._api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=token)
 
-    def open(self) -> None:
-        """Create the repository unless it exists."""
+    @contextlib.contextmanager
+    def open(self) -> Iterator[None]:
+        """Create the repository unless it exists. Others may write there too: its commits name their parents."""
         with self._errors("create"):
             self._api.create_repo(self.repo_id, exist_ok=True)
+        yield
 
     def refs(self) -> dict[str, str]:
         """``{branch: commit}``."""

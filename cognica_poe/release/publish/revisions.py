@@ -7,6 +7,7 @@ the same in all of them, and a run that stopped anywhere is finished by repeatin
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Callable, Collection, Sequence
@@ -34,8 +35,8 @@ class Hub(Protocol):
     where: str
     """The place in words, for messages."""
 
-    def open(self) -> None:
-        """Make the place if it is not there."""
+    def open(self) -> contextlib.AbstractContextManager[None]:
+        """Make the place if it is not there; within the block it is this process' own, where that can be."""
 
     def refs(self) -> dict[str, str]:
         """``{name of a revision: commit}``."""
@@ -89,7 +90,13 @@ def publish(
         if release.step in releases:
             raise UserError(f"{releases[release.step].path} and {release.path} are both of step {release.step}")
         releases[release.step] = release
-    hub.open()
+    with hub.open():
+        return _publish(hub, releases, replace, clean_load, log)
+
+
+def _publish(
+    hub: Hub, releases: dict[int, Release], replace: bool, clean_load: bool, log: Callable[[str], None]
+) -> Publication:
     before = _published(hub, hub.refs(), set(releases), log)
     pending = _pending(hub, releases, before, replace)
     _check_uniqueness(releases, before)
