@@ -91,16 +91,40 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
+def parse_json(data: str | bytes) -> Any:
+    """The value of JSON text. Raises ValueError for anything else.
+
+    That are also a key that comes twice, NaN and infinity, numbers of thousands of digits and nesting so deep that
+    Python gives up.
+    """
+    try:
+        return json.loads(data, object_pairs_hook=_without_repetition, parse_constant=_refuse_constant)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it has {next(name for name in names if names.count(name) > 1)!r} twice")
+    return found
+
+
+def _refuse_constant(word: str) -> None:
+    raise ValueError(f"it holds {word}, which is no number")
+
+
 def read_json(path: Path, what: str = "file") -> Any:
     """Read JSON. Raises UserError that names ``what`` when it is missing or malformed."""
     path = Path(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{what} not found: {path}") from error
     except PermissionError as error:
         raise UserError(f"{what} {path} may not be read: change its permissions") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
+    except (ValueError, IsADirectoryError) as error:
         raise UserError(f"{what} {path} is not valid JSON ({error}); restore it or make it again") from error
 
 

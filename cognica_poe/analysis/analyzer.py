@@ -97,9 +97,7 @@ def analyze(
     wand = asdict(cross_fit(result.positions, safety=safety))
     chosen = choose_prompts(tokenizer, part.texts, count=prompts, tokens=32)
     with one_thread():
-        speculative = measure_acceptance(
-            model, chosen, new_tokens=new_tokens, k_draft=k_draft, seed=seed, log=log
-        )
+        speculative = measure_acceptance(model, chosen, new_tokens=new_tokens, k_draft=k_draft, seed=seed, log=log)
         probes = run_probes(model, tokenizer, new_tokens=probe_tokens, log=log)
     config = model.config
     fields = {

@@ -50,6 +50,7 @@ def named_types() -> tyro.constructors.ConstructorRegistry:
     registry = tyro.constructors.ConstructorRegistry()
     registry.primitive_rule(_number_or_text)
     registry.primitive_rule(_optional)
+    registry.primitive_rule(_several)
     reading: list[Any] = []  # types whose fields the library's own rules are asked for
 
     @registry.struct_rule
@@ -145,15 +146,47 @@ def _optional(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.Pr
     others = [member for member in members if member is not type(None)]
     if len(members) != 2 or len(others) != 1:
         return None
-    part = tyro.constructors.ConstructorRegistry.get_primitive_spec(
-        tyro.constructors.PrimitiveTypeInfo.make(others[0], info.markers)
-    )
-    if not isinstance(part, tyro.constructors.PrimitiveConstructorSpec) or part.nargs != 1:
-        return None
-    return dataclasses.replace(
+    part = _single(others[0], info)
+    return part and dataclasses.replace(
         part,
         choices=part.choices and (*part.choices, "None"),
         instance_from_str=lambda words: None if words == ["None"] else part.instance_from_str(words),
         is_instance=lambda value: value is None or part.is_instance(value),
         str_from_instance=lambda value: ["None"] if value is None else part.str_from_instance(value),
     )
+
+
+def _several(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
+    """``tuple[T, ...]``: an option that is given has at least one value."""
+    members = get_args(info.type)
+    if info.type_origin is not tuple or len(members) != 2 or members[1] is not Ellipsis:
+        return None
+    part = _single(members[0], info)
+
+    def parse(words: list[str]) -> tuple[Any, ...]:
+        assert part is not None
+        if not words:
+            raise ValueError("expects at least one value")
+        if wrong := [word for word in words if part.choices and word not in part.choices]:
+            raise ValueError(f"invalid choice {wrong[0]!r}, choose from {', '.join(part.choices or ())}")
+        return tuple(part.instance_from_str([word]) for word in words)
+
+    return part and dataclasses.replace(
+        part,
+        nargs="*",
+        choices=None,
+        metavar=f"{part.metavar} [{part.metavar} ...]",
+        instance_from_str=parse,
+        is_instance=lambda value: isinstance(value, tuple) and all(map(part.is_instance, value)),
+        str_from_instance=lambda value: [word for item in value for word in part.str_from_instance(item)],
+    )
+
+
+def _single(
+    kind: Any, info: tyro.constructors.PrimitiveTypeInfo
+) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
+    """How one word becomes a ``kind``; None for what takes several."""
+    part = tyro.constructors.ConstructorRegistry.get_primitive_spec(
+        tyro.constructors.PrimitiveTypeInfo.make(kind, info.markers)
+    )
+    return part if isinstance(part, tyro.constructors.PrimitiveConstructorSpec) and part.nargs == 1 else None

@@ -21,6 +21,7 @@ import tyro
 from cognica_poe import __version__, interrupts
 from cognica_poe.cli import analysis, bench, data, inference, release, training
 from cognica_poe.cli.arguments import RecipeName, named_types, require_options, with_ranges_in_help
+from cognica_poe.cli.mistakes import one_line, refusals
 from cognica_poe.cli.progress import log, quiet_transformers
 from cognica_poe.errors import TrainingStopped, UserError
 from cognica_poe.files import safe_name
@@ -212,7 +213,8 @@ def _reason(box: str, help_of: str) -> str:
 def dispatch(words: Sequence[str]) -> None:
     """Call the command that ``words`` name."""
     quiet_transformers()
-    parse(words or ["--help"])()
+    with refusals(words):
+        parse(words or ["--help"])()
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -226,7 +228,7 @@ def main(words: Sequence[str] | None = None) -> None:
     try:
         dispatch(given)
     except UserError as error:
-        log(f"cognica-poe: {error}")
+        log(f"cognica-poe: {one_line(error)}")
         sys.exit(2)
     except TrainingStopped as stopped:
         _end(stopped.number, str(stopped))

@@ -125,7 +125,7 @@ def params(recipe: RecipeName, json: Flag = False) -> None:
     """
     from cognica_poe.planning.parameters import count_parameters
 
-    counts = count_parameters(check(find_recipe(recipe)))
+    counts = count_parameters(check_run(find_recipe(recipe)))
     if json:
         return print_json(counts)
     rows = [[group, count, f"{100 * count / counts['total']:.1f} %"] for group, count in counts["groups"].items()]
@@ -160,7 +160,7 @@ def plan(
     """
     from cognica_poe.planning.plan import make_plan
 
-    made = make_plan(check(settings), cluster)
+    made = make_plan(check_run(settings), cluster)
     if json:
         return print_json(dataclasses.asdict(made))
     print_plan(made)

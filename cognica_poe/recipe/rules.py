@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from cognica_poe.errors import UserError
+from cognica_poe.files import safe_name
 from cognica_poe.recipe.fields import Range, Recipe
 
 SHORTEST_CONTEXT = 64
@@ -48,6 +49,7 @@ def require_ranges(part: Any, where: str) -> None:
 
 def check(recipe: Recipe) -> Recipe:
     """Return ``recipe``. Raises UserError for a value that no run can have."""
+    safe_name(recipe.name, "recipe name")
     require_ranges(recipe, f"recipe {recipe.name}: ")
     training = recipe.training
     if training.batch_rows % training.micro_rows:

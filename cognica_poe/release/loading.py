@@ -48,6 +48,8 @@ def _folder_of(
     if Path(checkpoint).is_dir():
         if revision is not None:
             raise UserError(f"{checkpoint} is a folder, which has no revision {revision}: pass the folder of that step")
+        if cache_dir is not None:
+            raise UserError(f"{checkpoint} is a folder: nothing is looked for in the Hub cache folder {cache_dir}")
         return Path(checkpoint)
     if cache_dir is None:
         raise UserError(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from cognica_poe.data.documents import Document
 from cognica_poe.errors import UserError
+from cognica_poe.files import parse_json
 
 ROW_FILES = (".parquet", ".jsonl")
 """Endings of files that hold a document per row."""
@@ -130,8 +130,8 @@ def _jsonl_rows(file: Path) -> Iterator[dict[str, str | None]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                row = parse_json(line)
+            except ValueError as error:
                 raise UserError(f"{file} line {number} is not valid JSON ({error}); correct or remove it") from error
             row = {"text": row} if isinstance(row, str) else row
             if not isinstance(row, dict) or "text" not in row or not isinstance(row["text"], str | None):
