@@ -68,6 +68,13 @@ def arrived() -> int | None:
     return _state.number
 
 
+def hear_no_more() -> None:
+    """Ignore further signals: the interpreter is about to end, and would be killed by them as it takes itself apart."""
+    if _state.pipe is not None:
+        for number in _NUMBERS:
+            signal.signal(number, signal.SIG_IGN)
+
+
 def speaks() -> bool:
     """Whether this process says how it ends: of several ranks the first one does."""
     return os.environ.get("RANK", "0") == "0"

@@ -244,6 +244,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
 def _end(number: int, line: str | None = None) -> NoReturn:
     """Leave after a signal, with the exit code that says which."""
+    interrupts.hear_no_more()
     drop_owned()
     if interrupts.speaks():
         log(f"cognica-poe: {line or interrupts.Interrupted(number)}")

@@ -213,7 +213,7 @@ def test_a_run_that_began_otherwise_does_not_take_weights_over(source, texts, tm
     recipe, run = small_recipe(texts, steps=3), tmp_path / "run"
     start(recipe, run, source / "checkpoints" / "step-6").train()
     again = source / "checkpoints" / "step-3"
-    with pytest.raises(UserError, match="started from small-test, step 6: --init-from .* is for a new run"):
+    with pytest.raises(UserError, match=r"started from small-test, step 6: --init-from .* is for a new run"):
         pipeline.prepare(recipe, run, lambda line: None, resume=True, init_from=again)
     longer = with_training(recipe, steps=5)
     start(longer, run, source / "checkpoints" / "step-6", resume=True).train()
