@@ -136,7 +136,8 @@ def sweep_run(run: Path) -> None:
 
 
 def open_rows(run: Path, recipe: Recipe, log: Log = lambda line: None) -> Rows:
-    """The training rows of a run folder."""
+    """The training rows of a run folder. Raises UserError when its parts do not belong together."""
+    require_parts(run, recipe)
     return Rows(
         Path(run) / "data",
         Path(run) / "tokenizer",

@@ -14,10 +14,12 @@ from cognica_poe.serving.options import ServerOptions
 def serve(checkpoint: Path, options: ServerOptions, log: Callable[[str], None]) -> None:
     """Serve a release folder over HTTP until interrupted: /v1/completions, /v1/chat/completions, /v1/models, /health.
 
-    Raises UserError for what is no release folder, for missing packages of the extra ``serve`` and a wrong option.
+    Raises UserError for what is no release folder or a damaged one, for missing packages of the extra ``serve`` and a
+    wrong option.
     """
-    if not (checkpoint / "config.json").is_file():
-        raise UserError(f"serve: {checkpoint} is no release folder (config.json is missing)")
+    from cognica_poe.release.export import check_release
+
+    check_release(checkpoint)
     if missing := [name for name in ("fastapi", "uvicorn", "openai") if importlib.util.find_spec(name) is None]:
         raise UserError(f"serve needs {', '.join(missing)}: pip install 'cognica-poe[serve]'")
     if options.k_draft < 1:

@@ -15,20 +15,22 @@ from transformers import AutoTokenizer
 from cognica_poe.data.tokenizer import train_tokenizer
 from cognica_poe.errors import UserError
 from cognica_poe.modeling.modeling_cognica_poe import CognicaPoEForCausalLM
+from cognica_poe.release.export import export_release
 from cognica_poe.serving.options import ServerOptions
 from cognica_poe.serving.server import generation_defaults, serve
 from tests.conftest import make_model
+from tests.release.conftest import BOUNDS, record_of
 
 TEXT = "the cat sat on the mat and the dog sat on the log; "
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """A model and a tokenizer, as a release holds them."""
-    tokenizer = train_tokenizer([TEXT * 20], 275, tmp_path / "release")
+    """A release."""
+    tokenizer = train_tokenizer([TEXT * 20], 275, tmp_path / "tokenizer")
     model = make_model(dtype=torch.float32, vocab_size=tokenizer.vocab_size)
-    model.save_pretrained(tmp_path / "release")
-    return tmp_path / "release"
+    settings = {"record": record_of(model, 300), "wand_bounds": BOUNDS, "name": "tiny", "step": 300}
+    return export_release(model, tokenizer.folder, tmp_path / "release", **settings)
 
 
 def ask(port: int, path: str, **body) -> dict:
@@ -94,8 +96,14 @@ def test_a_mode_brings_its_own_options_and_no_others():
 
 
 def test_mistakes(tmp_path, folder, monkeypatch):
-    with pytest.raises(UserError, match="is no release folder"):
+    with pytest.raises(UserError, match="release folder not found"):
         serve(tmp_path / "nothing", ServerOptions(), print)
+    weights = folder / "model.safetensors"
+    sound = weights.read_bytes()
+    weights.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+    with pytest.raises(UserError, match=r"model\.safetensors is corrupt"):
+        serve(folder, ServerOptions(), print)
+    weights.write_bytes(sound)
     with pytest.raises(UserError, match="--k-draft is 0"):
         serve(folder, ServerOptions(k_draft=0), print)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
