@@ -54,7 +54,8 @@ def build(
     Whole documents (groups) are held out by a hash of (seed, group), the same part of every source. Files whose names
     say so keep their split (``explicit_split`` of ``data.sources.local``); test splits are left out. ``max_bytes``
     takes a sample of each source by hash; it is the size to read for Hub mixes and bounds the training part where file
-    names split. Exact duplicates, and training texts that repeat a validation document, are dropped and counted.
+    names split; a text that would go beyond by more than a tenth is left out. Exact duplicates, and training texts that
+    repeat a validation document, are dropped and counted.
     Raises UserError for unusable input (see ``data.sources``), too little text, or an ``out`` that holds anything but
     data of ours, or lies in what is read.
     """
@@ -126,15 +127,18 @@ def _open(given: str, out: Path, max_bytes: int | None, seed: int, log: Log) -> 
         require_pinned(mix)
         if max_bytes is None:
             raise UserError(f"mix {mix.name} needs max_bytes: the size of text to read from the Hub")
-        return _Input(mix.name, mix, _hub_documents(mix, max_bytes, seed, log), dropped)
+        return _Input(mix.name, mix, _hub_documents(mix, max_bytes, seed, dropped, log), dropped)
     path = Path(given)
     require_apart(out, path)
     return _Input(path.name, None, _local_documents(local_files(path), path, dropped, log), dropped)
 
 
-def _hub_documents(mix: Mix, max_bytes: int, seed: int, log: Log) -> Iterator[tuple[Document, None]]:
+def _hub_documents(
+    mix: Mix, max_bytes: int, seed: int, dropped: Counter[str], log: Log
+) -> Iterator[tuple[Document, None]]:
     for source in mix.sources:
-        for document in read_source(source, int(source.share * max_bytes), seed, log):
+        wanted = int(source.share * max_bytes)
+        for document in read_source(source, wanted, seed, log, lambda reason: dropped.update([reason])):
             yield document, None
 
 

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cognica_poe.data.white_space import LONG_SPACE, cut_at_long_space
 from cognica_poe.errors import UserError
 from cognica_poe.files import Manifest, atomic_folder, read_json, require_replaceable, write_json
 from cognica_poe.seals import require_sha256
+
+if TYPE_CHECKING:
+    import tiktoken
 
 SPECIAL_TOKENS = (
     "<|bos|>",
@@ -38,8 +42,7 @@ SPLIT_PATTERN = (  # GPT-4's, with digit groups of one or two
 MAX_VOCAB = 65536
 """Most token ids: packed rows are uint16."""
 _FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-_LONG_TEXT = 20000  # characters
-_LONG_SPACE = re.compile(r"\s{20000}")  # tiktoken's regular expressions run out of stack on much longer runs
+_LONG_WORD = 512  # characters; longer ones cost training the square of their length
 
 
 class Tokenizer:
@@ -80,13 +83,11 @@ class Tokenizer:
         self._bytes: list[bytes] = [b""] * self.vocab_size
         for token, index in ranks.items():
             self._bytes[index] = token
-        self._fast = tiktoken.Encoding(
-            self.sha256,
-            pat_str=pattern,
-            mergeable_ranks=ranks,
-            special_tokens=special,
-            explicit_n_vocab=self.vocab_size,
+        build = partial(
+            tiktoken.Encoding, mergeable_ranks=ranks, special_tokens=special, explicit_n_vocab=self.vocab_size
         )
+        self._fast = build(self.sha256, pat_str=pattern)
+        self._one_word = build(f"{self.sha256} whole", pat_str=r"[\s\S]+")
 
     @property
     def token_bytes(self) -> np.ndarray:
@@ -95,18 +96,27 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of ``text`` without BOS. A special token's name inside ``text`` is ordinary text."""
-        if len(text) >= _LONG_TEXT and _LONG_SPACE.search(text):
-            return self.reference_encode(text)
-        return self._fast.encode_ordinary(text)
+        return [index for encoder, part in self._parts(text) for index in encoder.encode_ordinary(part)]
+
+    def _parts(self, text: str) -> Iterator[tuple[tiktoken.Encoding, str]]:
+        """``text`` in parts, each with what encodes it."""
+        if len(text) < LONG_SPACE:
+            yield self._fast, text
+            return
+        for part, is_space in cut_at_long_space(text, self._keeps_line_ends):
+            yield (self._one_word if is_space else self._fast), part
+
+    def _keeps_line_ends(self, character: str) -> bool:
+        """Whether the split pattern takes line ends behind ``character`` into the same word."""
+        return len(self._backend.pre_tokenizer.pre_tokenize_str(f"{character}\n")) == 1
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of each text without BOS, uint16 arrays; the same ids as ``encode``."""
         return [self._encode_array(text) for text in texts]
 
     def _encode_array(self, text: str) -> np.ndarray:
-        if len(text) >= _LONG_TEXT and _LONG_SPACE.search(text):
-            return np.array(self.reference_encode(text), dtype=np.uint16)
-        return self._fast.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
+        parts = [encoder.encode_to_numpy(part, disallowed_special=()) for encoder, part in self._parts(text)]
+        return (parts[0] if len(parts) == 1 else np.concatenate(parts)).astype(np.uint16)
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         """Text of ``ids``; bytes that are not valid UTF-8 become U+FFFD."""
@@ -114,7 +124,7 @@ class Tokenizer:
         return b"".join(names.get(int(i), self._bytes[i]) for i in ids).decode("utf-8", errors="replace")
 
     def reference_encode(self, text: str) -> list[int]:
-        """What ``encode`` gives, by the ``tokenizers`` library: slow; for texts with very long white space."""
+        """What ``encode`` gives, by the ``tokenizers`` library: slow, to compare with."""
         self._backend.encode_special_tokens = True  # names of special tokens are text here too
         return self._backend.encode(text, add_special_tokens=False).ids
 
@@ -154,8 +164,10 @@ def train_tokenizer(
 ) -> Tokenizer:
     """Train on at most ``max_bytes`` of ``texts`` and save to ``out``. Deterministic.
 
-    ``made_from`` goes into its manifest. Raises UserError if ``out`` holds anything but a tokenizer of ours, or if
-    ``vocab_size`` does not fit uint16 rows, leaves no room for merges, or is not reached.
+    The text that goes beyond ``max_bytes`` is cut there. A word of the split pattern that is longer than 512 characters
+    counts as several, in training alone, so that time stays near linear in the text. ``made_from`` goes into the
+    manifest. Raises UserError if ``out`` holds anything but a tokenizer of ours, or if ``vocab_size`` does not fit
+    uint16 rows, leaves no room for merges, or is not reached.
     """
     require_replaceable(Path(out), "tokenizer")
     from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
@@ -167,12 +179,10 @@ def train_tokenizer(
     if merged < 256:
         raise UserError(f"vocab_size {vocab_size} is too small: 256 bytes and {len(SPECIAL_TOKENS)} specials need 265")
     backend = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    words = pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated")
+    short = pre_tokenizers.Split(Regex(rf"[\s\S]{{{_LONG_WORD}}}"), "isolated")
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, short, as_bytes])
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=merged,
@@ -182,6 +192,7 @@ def train_tokenizer(
     )
     log(f"tokenizer: training {vocab_size} tokens on at most {max_bytes / 1e6:.0f} MB")
     backend.train_from_iterator(_capped(texts, max_bytes), trainer)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, as_bytes])
     reached = backend.get_vocab_size() + len(SPECIAL_TOKENS)
     if reached < vocab_size:
         raise UserError(
@@ -240,12 +251,14 @@ def copy_tokenizer(tokenizer_json: Path, out: Path, made_from: Mapping[str, str]
 
 
 def _capped(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
+    """``texts`` up to ``max_bytes`` of UTF-8, the last one cut at a character."""
     left = max_bytes
     for text in texts:
         if left <= 0:
             return
-        left -= len(text.encode())
-        yield text
+        data = text.encode()
+        yield text if len(data) <= left else data[:left].decode(errors="ignore")
+        left -= len(data)
 
 
 @lru_cache(maxsize=1)

@@ -14,8 +14,13 @@ _SHUFFLE_BUFFER = 1000
 _SPEAKERS = {"human": "user", "gpt": "assistant"}
 
 
-def read_source(source: Source, max_bytes: int, seed: int, log: Callable[[str], None]) -> Iterator[Document]:
-    """Stream a source in a seeded order until ``max_bytes`` of text. Needs ``cognica-poe[datasets]`` and a network."""
+def read_source(
+    source: Source, max_bytes: int, seed: int, log: Callable[[str], None], drop: Callable[[str], None]
+) -> Iterator[Document]:
+    """Stream a source in a seeded order until ``max_bytes`` of text. Needs ``cognica-poe[datasets]`` and a network.
+
+    A document that would go beyond that by more than a tenth is left out, and ``drop`` told the reason.
+    """
     part = max_bytes / len(source.configs)
     for number, config in enumerate(source.configs):
         language = source.languages[number if len(source.languages) > 1 else 0]
@@ -23,7 +28,11 @@ def read_source(source: Source, max_bytes: int, seed: int, log: Callable[[str], 
         for document in _read_config(source, config, language, seed):
             if reached >= part:
                 break
-            reached += len(document.text.encode("utf-8", "replace"))
+            size = len(document.text.encode("utf-8", "replace"))
+            if reached + size > 1.1 * part:
+                drop("over max_bytes")
+                continue
+            reached += size
             yield document
         log(f"data: {source.name} ({config}): {reached / 1e6:.1f} of {part / 1e6:.1f} MB")
 

@@ -68,6 +68,21 @@ def test_scripted_datasets_are_read_from_their_files(hub, tmp_path):
     assert manifest.dropped["duplicate"] > 0  # both configurations serve the same rows here
 
 
+def test_a_text_larger_than_the_size_is_left_out_and_counted(tmp_path, hub, monkeypatch):
+    save_mix(pair_of_sources(), tmp_path / "m.json")
+    plain = build(tmp_path / "m.json", tmp_path / "plain", val_min_bytes=1000, max_bytes=40_000)
+    serve = sys.modules["datasets"].load_dataset
+
+    def with_a_giant(path, name=None, **options):
+        giant = {"text": "word " * 100_000, "id": "giant"} if path == "org/web" else {"data": ["word " * 100_000]}
+        return Stream([giant, *serve(path, name, **options)])
+
+    monkeypatch.setattr(sys.modules["datasets"], "load_dataset", with_a_giant)
+    manifest = build(tmp_path / "m.json", tmp_path / "out", val_min_bytes=1000, max_bytes=40_000)
+    assert manifest.dropped == {**plain.dropped, "over max_bytes": 2}
+    assert (manifest.documents, manifest.bytes) == (plain.documents, plain.bytes)
+
+
 def test_a_hub_mix_needs_a_size(tmp_path, hub):
     save_mix(pair_of_sources(), tmp_path / "m.json")
     with pytest.raises(UserError, match="needs max_bytes"):
