@@ -102,7 +102,7 @@ def train(
         ranks = stack.enter_context(join_ranks())
         resume = resume or ranks.restarts > 0
         ranks.on_first(lambda: stack.enter_context(hold(out, log=log)))
-        ranks.on_first(lambda: pipeline.prepare(settings, out, log, resume, init_from))
+        ranks.patiently().on_first(lambda: pipeline.prepare(settings, out, log, resume, init_from))
         rows = pipeline.open_rows(out, settings, log if ranks.is_first else lambda line: None)
         with TrainingProgress(settings.training.steps) as progress:
             trainer = Trainer(settings, out, rows, resume=resume, log=log, progress=progress, ranks=ranks)

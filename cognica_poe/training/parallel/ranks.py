@@ -22,8 +22,10 @@ from torch.distributed.rendezvous import rendezvous
 from cognica_poe.errors import UserError
 
 T = TypeVar("T")
-TIMEOUT = timedelta(hours=2)
-"""How long a rank waits for another: rank 0 may be measuring a release while the others stand at the next step."""
+TIMEOUT = timedelta(minutes=15)
+"""How long a rank waits for another within a step: this long a peer that hangs costs all of them."""
+PATIENCE = timedelta(days=7)
+"""How long ranks wait while the first one makes data and tokenizer, which takes hours for a large recipe."""
 
 
 class Pending:
@@ -102,6 +104,11 @@ class Ranks:
         group = dist.new_group(backend="gloo") if self.world > 1 else None
         return replace(self, group=group)
 
+    def patiently(self) -> Ranks:
+        """The same ranks over connections of their own, on which they wait for each other as long as ``PATIENCE``."""
+        group = dist.new_group(backend="gloo", timeout=PATIENCE) if self.world > 1 else None
+        return replace(self, group=group)
+
     # ---- the three exchanges of a training step ------------------------------------------------------------------
 
     def reduce_scatter(self, out: torch.Tensor, buffer: torch.Tensor) -> Pending:
@@ -117,7 +124,7 @@ class Ranks:
         return Pending(dist.all_to_all_single(out, buffer, received, sent, async_op=True), out, buffer)
 
     def warm_up(self, device: torch.device) -> None:
-        """One of each exchange, so that connections stand before ranks drift apart.
+        """One of each exchange over ranks, so that connections stand before ranks drift apart.
 
         The first all-to-all of a multi-node job can otherwise deadlock while connections are being made.
         """
@@ -128,6 +135,7 @@ class Ranks:
         self.reduce_scatter(out[:1], ones).wait()
         self.all_gather(out, ones[:1]).wait()
         self.all_to_all(out, even, ones, even).wait()
+        self.mean(ones)
         self.any([False])
 
 
@@ -142,20 +150,23 @@ def _attempt(function: Callable[[], T]) -> tuple[T | None, str | None]:
 def join_ranks(timeout: timedelta = TIMEOUT) -> Iterator[Ranks]:
     """The ranks that torchrun announces in the environment; a single one without it.
 
-    Numbers on processors go over gloo, those on CUDA over NCCL; each rank takes the CUDA device of its local rank.
+    Numbers on processors go over gloo, those on CUDA over NCCL; each rank takes the CUDA device of its local rank, and
+    NCCL is told so that it connects all ranks at once.
     """
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Ranks(restarts=restarts)
         return
+    device = None
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
     store, rank, world = next(rendezvous("env://", timeout=timeout))
     store = dist.PrefixStore(agree_on_prefix(store, rank, world, timeout), store)
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    backend = "cpu:gloo,cuda:nccl" if device else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout, device_id=device)
     ranks = Ranks(rank, world, restarts)
-    ranks.warm_up(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    ranks.warm_up(device or torch.device("cpu"))
     yield ranks
     dist.destroy_process_group()  # not after an exception: peers may hang in it, and the process ends anyway
 

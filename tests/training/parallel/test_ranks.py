@@ -139,3 +139,16 @@ def test_matrices_travel_to_their_owner_and_back(world):
     assert all(stack.numel() == 0 for stack, *_ in outcomes[:-1])
     assert torch.equal(torch.cat([rows for _, rows, _ in outcomes]), 2 * full)
     assert all(said == list(range(world)) for *_, said in outcomes)
+
+
+def _wait_for_a_slow_first(ranks, patient):
+    """The default group of a second process group, which waits for a second; the first rank takes three."""
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1))
+    ranks = ranks.patiently() if patient else ranks
+    return ranks.on_first(lambda: time.sleep(3) or "made")
+
+
+def test_ranks_wait_for_what_the_first_one_prepares():
+    assert run_ranks(2, _wait_for_a_slow_first, True) == ["made", "made"]
+    with pytest.raises(AssertionError, match=r"(?i)timed out|timeout"):
+        run_ranks(2, _wait_for_a_slow_first, False)
