@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, Union
+from typing import Annotated, Any, Union
 
 import tyro
 
@@ -226,29 +226,39 @@ def main(words: Sequence[str] | None = None) -> None:
     if words is None:
         interrupts.watch()
     try:
-        dispatch(given)
+        code = _call(given)
+    except KeyboardInterrupt:
+        code = _interrupted(interrupts.arrived() or signal.SIGINT)
+    if words is None:
+        interrupts.hear_no_more()
+    if code:
+        sys.exit(code)
+
+
+def _call(words: Sequence[str]) -> int:
+    """Exit code of a command; what went wrong is said in one line."""
+    try:
+        dispatch(words)
     except UserError as error:
         log(f"cognica-poe: {one_line(error)}")
-        sys.exit(2)
+        return 2
     except TrainingStopped as stopped:
-        _end(stopped.number, str(stopped))
-    except KeyboardInterrupt:
-        _end(interrupts.arrived() or signal.SIGINT)
+        return _interrupted(stopped.number, str(stopped))
     except BrokenPipeError:
         os._exit(0)
     except Exception:
         if number := interrupts.arrived():  # other ranks were faster: what failed is what held them together
-            _end(number)
+            return _interrupted(number)
         raise
+    return 0
 
 
-def _end(number: int, line: str | None = None) -> NoReturn:
-    """Leave after a signal, with the exit code that says which."""
-    interrupts.hear_no_more()
+def _interrupted(number: int, line: str | None = None) -> int:
+    """Clean up after a signal; the exit code that says which."""
     drop_owned()
     if interrupts.speaks():
         log(f"cognica-poe: {line or interrupts.Interrupted(number)}")
-    sys.exit(128 + number)
+    return 128 + number
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -41,9 +42,12 @@ class StopRequests:
         return self.number is not None
 
     def obeyed(self) -> None:
-        """The run was saved and ends: the file is removed."""
+        """The run was saved and ends: the file is removed, and torchrun told not to start the ranks again."""
         if self.ranks.is_first:
             self.file.unlink(missing_ok=True)
+        by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK") == "0"
+        if by_torchrun and arrived() is None:  # it takes an exit code of its ranks for a fault, its own signal not
+            os.kill(os.getppid(), signal.SIGTERM)
 
     def heed(self, steps: Callable[[], list[int]]) -> contextlib.AbstractContextManager[None]:
         """Within this signals interrupt nothing and are told by ``asked``. ``steps`` gives those that were saved."""

@@ -1,11 +1,13 @@
-"""Nothing is lost: random kills of random ranks, also during a save, and workers that torchrun restarts."""
+"""Nothing is lost: random kills of random ranks, also during a save, and workers that torchrun restarts.
+
+Signals, and kills of whole commands: tests/border/test_interruptions.py.
+"""
 
 import dataclasses
 import json
 import random
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -16,6 +18,8 @@ import torch
 from cognica_poe import pipeline
 from cognica_poe.errors import UserError
 from cognica_poe.files import MANIFEST, verify_manifest
+from cognica_poe.leftovers import PREFIX
+from cognica_poe.seals import open_line
 from cognica_poe.training.checkpoint import CheckpointFolder
 from cognica_poe.training.trainer import Trainer
 from tests.gloo import run_ranks, start_ranks
@@ -81,7 +85,7 @@ def test_twenty_kills_of_random_ranks_lose_no_checkpoint(fresh, tmp_path):
         while last_metric(run) < goal and all(p.exitcode is None for p in processes):
             time.sleep(0.002)
         if kill % 2:  # in the middle of the next save
-            while not list((run / "checkpoints").glob(".partial-step-*")) and all(
+            while not list((run / "checkpoints").glob(f"{PREFIX}step-*")) and all(
                 p.exitcode is None for p in processes
             ):
                 pass
@@ -89,7 +93,7 @@ def test_twenty_kills_of_random_ranks_lose_no_checkpoint(fresh, tmp_path):
         else:
             time.sleep(rng.random() * 0.1)
         processes[rng.randrange(WORLD)].kill()
-        during_save += bool(list((run / "checkpoints").glob(".partial-step-*")))
+        during_save += bool(list((run / "checkpoints").glob(f"{PREFIX}step-*")))
         time.sleep(0.02)
         for process in processes:
             process.kill()
@@ -141,7 +145,7 @@ def test_a_flipped_byte_in_any_file_is_named(four_steps, tmp_path):
         assert step == other == 2 and silent == []
         damage = next(line for line in lines if "passed over" in line)
         assert "step-4" in damage and (name in damage or name == MANIFEST), damage
-        event = json.loads((run / "events.jsonl").read_text().splitlines()[-1])
+        event = open_line((run / "events.jsonl").read_bytes().splitlines()[-1])
         assert event == {"event": "damaged checkpoint", "found": damage}
 
 
@@ -213,18 +217,3 @@ def test_torchrun_restarts_from_the_latest_checkpoint(fresh, tmp_path):
     starts = [(e["event"], e["step"], e["restarts"]) for e in events if e["event"] in ("start", "resume")]
     assert starts == [("start", 0, 0), ("resume", 4, 1), ("resume", 8, 2)]
     assert_same_end(run, whole)
-
-
-@pytest.mark.slow
-def test_torchrun_passes_sigterm_on_and_all_ranks_save(fresh, tmp_path):
-    run, script = fresh("run"), tmp_path / "script.py"
-    script.write_text(SCRIPT.replace("kills = {0: (1, 5), 1: (0, 9)}", "kills = {}"))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    process = subprocess.Popen([*launch, str(script), str(run)], stderr=subprocess.PIPE, text=True)
-    while last_metric(run) < 3 and process.poll() is None:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=120)
-    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
-    assert events[-1]["event"] == "stopped", stderr[-3000:]
-    assert max(sound_steps(run)) == events[-1]["step"] == last_metric(run)
