@@ -15,7 +15,7 @@ from tyro.conf import Positional
 
 from cognica_poe.errors import UserError
 from cognica_poe.recipe.fields import LONGEST_CONTEXT, Range, Recipe
-from cognica_poe.recipe.rules import check, require_ranges
+from cognica_poe.recipe.rules import check, field_ranges, require_ranges
 
 RunFolder: TypeAlias = Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
 RunFolders: TypeAlias = Positional[Annotated[tuple[Path, ...], tyro.conf.arg(metavar="RUN [RUN ...]")]]
@@ -63,7 +63,7 @@ def named_types() -> tyro.constructors.ConstructorRegistry:
         reading.remove(info.type)
         if not isinstance(spec, tyro.constructors.StructConstructorSpec):
             return None
-        ranges = {field.name: field.metadata.get("range", Range()) for field in dataclasses.fields(info.type)}
+        ranges = field_ranges(info.type)
         fields = (dataclasses.replace(f, type=_with_hint(f.type, ranges[f.name], f.default)) for f in spec.fields)
         return dataclasses.replace(spec, fields=tuple(fields))
 

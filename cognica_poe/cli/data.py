@@ -1,8 +1,9 @@
-"""The commands about text: ``data build``, ``data pack``, ``data which-docs`` and ``tokenizer train``."""
+"""The commands about text: ``data mix``, ``build``, ``pack`` and ``which-docs``, and ``tokenizer train``."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Annotated, TypeAlias
 
@@ -44,6 +45,24 @@ def build_data(
         )
     rows = [[name, total.documents, total.bytes] for name, total in manifest.splits.items()]
     print_table(f"data in {out}", ["split", "documents", "bytes"], rows)
+
+
+def write_mix(mix: MixName, out: Path) -> None:
+    """Write a mix to a file, to fill in the revisions of its datasets, or change its shares, and build it.
+
+    Args:
+        mix: frontier_v1, or a mix file.
+        out: File to make, ending in .json.
+    """
+    from cognica_poe.data.mixes import find_mix, save_mix, unpinned
+
+    chosen = find_mix(mix)
+    if out.suffix != ".json" or os.path.lexists(out):
+        raise UserError(f"data mix: --out {out} must be a new file that ends in .json")
+    save_mix(chosen, out)
+    print(out)
+    if missing := unpinned(chosen):
+        log(f'fill in "revision" (commit of the dataset, 40 hex digits) of: {", ".join(missing)}')
 
 
 def pack_rows(data: DataFolder, tokenizer: Path, out: Path, row_len: RowLength = 2049, epoch: Natural = 0) -> None:

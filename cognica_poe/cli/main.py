@@ -59,7 +59,12 @@ TREE = Group(
         "serve": inference.serve,
         "data": Group(
             "Text: collect it, pack it into rows, find what a step read.",
-            {"build": data.build_data, "pack": data.pack_rows, "which-docs": data.which_docs},
+            {
+                "mix": data.write_mix,
+                "build": data.build_data,
+                "pack": data.pack_rows,
+                "which-docs": data.which_docs,
+            },
         ),
         "tokenizer": Group("The tokenizer of a run.", {"train": data.train_tokenizer}),
         "bench": Group(

@@ -35,8 +35,7 @@ _ADVICE = {
 
 def one_line(message: object) -> str:
     """``message`` in printable characters on one line of at most ``LONGEST`` characters."""
-    text = " ".join(str(message).split("\n"))
-    text = "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
+    text = "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in str(message))
     if len(text) <= LONGEST:
         return text
     tail = LONGEST // 2 - 5

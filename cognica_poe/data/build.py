@@ -126,7 +126,7 @@ def _open(given: str, out: Path, max_bytes: int | None, seed: int, log: Log) -> 
     if mix is not None:
         require_pinned(mix)
         if max_bytes is None:
-            raise UserError(f"mix {mix.name} needs max_bytes: the size of text to read from the Hub")
+            raise UserError(f"mix {mix.name} needs a size: pass --max-bytes, or --data.max-bytes with a recipe")
         return _Input(mix.name, mix, _hub_documents(mix, max_bytes, seed, dropped, log), dropped)
     path = Path(given)
     require_apart(out, path)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from cognica_poe.errors import UserError
-from cognica_poe.files import read_json, write_json
+from cognica_poe.files import read_json, safe_name, write_json
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_DATASET = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,9 @@ def require_pinned(mix: Mix) -> None:
     """Raise UserError unless every source names a commit."""
     if missing := unpinned(mix):
         raise UserError(
-            f"mix {mix.name} has no pinned revision for: {', '.join(missing)}; save it with save_mix, "
-            'fill in each "revision" (40 hex digits, from the dataset\'s commit history) and build that file'
+            f"mix {mix.name} names no revision of {', '.join(missing)}: write it to a file with `cognica-poe data mix "
+            f'{mix.name} --out mix.json`, fill in each "revision" (commit of the dataset, 40 hex digits) and name the '
+            "file instead"
         )
 
 
@@ -67,30 +69,57 @@ def save_mix(mix: Mix, file: Path) -> None:
     write_json(Path(file), asdict(mix))
 
 
-def load_mix(file: Path) -> Mix:
-    """Read a mix written by ``save_mix``. Raises UserError for unknown or missing fields and bad shares."""
-    described = read_json(file, "mix")
-    known = {field.name for field in fields(Source)}
-    try:
-        rows = described["sources"]
-        for row in rows:
-            if unknown := set(row) - known:
-                raise UserError(
-                    f"mix {file}: unknown field {sorted(unknown)[0]!r}; known are {', '.join(sorted(known))}"
-                )
-        settings: list[dict[str, Any]] = [
-            {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()} for row in rows
-        ]
-        sources = tuple(Source(**setting) for setting in settings)
-        mix = Mix(str(described["name"]), sources)
-        total = sum(source.share for source in sources)
-    except (KeyError, TypeError) as error:
+def find_mix(name: str) -> Mix:
+    """A mix of Hub datasets by name, or from a mix file. Raises UserError for anything else."""
+    if name.endswith(".json"):
+        return load_mix(Path(name))
+    known = {key: mix for key, mix in MIXES.items() if mix is not None}
+    if name not in known:
         raise UserError(
-            f"mix {file} is not a mix ({error}); it needs a name and sources, as save_mix writes"
-        ) from error
-    if not sources or abs(total - 1) > 0.005 or any(source.share <= 0 for source in sources):
-        raise UserError(f"mix {file}: the shares must be positive and add up to 1, not {total:.4f}")
+            f"no mix of Hub datasets is called {name!r}; known are {', '.join(known)}, or a mix file (.json)"
+        )
+    return known[name]
+
+
+def load_mix(file: Path) -> Mix:
+    """Read a mix written by ``save_mix``. Raises UserError for unknown, missing or mistyped fields and bad shares."""
+    from pydantic import TypeAdapter, ValidationError  # a third of a second that a command's help need not wait for
+
+    values = read_json(file, "mix")
+    try:
+        mix = TypeAdapter(Mix).validate_json(json.dumps(values), strict=True, extra="forbid")
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise UserError(f"mix {file} is not a mix ({where}: {first['msg'].lower()}); `data mix` writes one") from error
+    safe_name(mix.name, f"mix {file}: name")
+    for source in mix.sources:
+        if problem := _problem(source):
+            raise UserError(f"mix {file}: source {source.name!r}: {problem}")
+    names = [source.name for source in mix.sources]
+    if len(set(names)) < len(names):
+        raise UserError(f"mix {file}: two sources have the same name; give each its own")
+    total = sum(source.share for source in mix.sources)
+    if not abs(total - 1) <= 0.005 or any(not source.share > 0 for source in mix.sources):
+        raise UserError(f"mix {file}: the shares must be positive and add up to 1, not {total:.4g}")
     return mix
+
+
+def _problem(source: Source) -> str | None:
+    """What makes it impossible to read ``source``, whatever the Hub holds."""
+    if not source.name or not source.name.isprintable():
+        return "the name must be printable text"
+    if not _DATASET.fullmatch(source.dataset):
+        return f"dataset {source.dataset!r} must read org/name"
+    if not source.configs or not all(source.configs):
+        return "configs must name at least one configuration"
+    if len(source.languages) not in (1, len(source.configs)) or not all(source.languages):
+        return "languages must be one for all configurations, or one for each"
+    if not source.split or not source.text_column:
+        return "split and text_column must have a name"
+    if source.files is not None and re.search(r"[{}]", source.files.replace("{config}", "")):
+        return f"files {source.files!r} may hold {{config}} and no other braces"
+    return None
 
 
 _CC_BY_SA = "CC-BY-SA-4.0"

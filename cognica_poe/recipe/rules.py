@@ -37,7 +37,13 @@ def settings(part: Any, prefix: str = "") -> Iterator[Setting]:
         if dataclasses.is_dataclass(value):
             yield from settings(value, f"{option}.")
         else:
-            yield Setting(option, value, **{"range": Range(), "resume": False, **field.metadata})
+            rules = {"range": Range(), "resume": False, **field.metadata}
+            yield Setting(option, value, **rules)
+
+
+def field_ranges(kind: type) -> dict[str, Range]:
+    """Range of every field of a dataclass, by name."""
+    return {field.name: field.metadata.get("range", Range()) for field in dataclasses.fields(kind)}
 
 
 def require_ranges(part: Any, where: str) -> None:

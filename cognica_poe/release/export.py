@@ -33,6 +33,7 @@ from cognica_poe.files import (
     write_json,
 )
 from cognica_poe.release.card.markdown import render_card
+from cognica_poe.release.contents import check_contents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -163,6 +164,7 @@ def load_release(
     from cognica_poe.modeling.modeling_cognica_poe import CognicaPoEForCausalLM
 
     check_release(path)
+    check_contents(path)
     model = CognicaPoEForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True).eval()
     return model, AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
 

@@ -87,6 +87,14 @@ def test_the_3b_run_sees_66_billion_tokens():
     assert tokens * recipe.training.steps == 65_999_732_736
 
 
+@pytest.mark.parametrize("name", ["1.3b", "1.5b", "3b", "1.3b-bp", "1.5b-bp", "3b-bp"])
+def test_measuring_the_releases_of_a_large_recipe_reads_little(name):
+    recipe = RECIPES[name]
+    trained = recipe.training.steps * recipe.training.batch_rows * recipe.model.max_position_embeddings
+    measured = len(recipe.released_steps()) * recipe.release.val_max_bytes / 4  # bytes per token, at least
+    assert measured < 0.01 * trained
+
+
 def test_released_steps():
     recipe = changed(changed(RECIPES["tiny"], "release.log_steps", True), "release.every", 120)
     recipe = changed(recipe, "training.steps", 300)

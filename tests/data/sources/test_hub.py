@@ -1,13 +1,18 @@
+import dataclasses
+import re
 import sys
 import types
 
 import pytest
 
+from cognica_poe import pipeline
+from cognica_poe.cli.main import main
 from cognica_poe.data.build import build
-from cognica_poe.data.manifest import read_documents
-from cognica_poe.data.mixes import FRONTIER_V1, load_mix, save_mix
+from cognica_poe.data.manifest import load_manifest, read_documents
+from cognica_poe.data.mixes import FRONTIER_V1, MIXES, load_mix, save_mix
 from cognica_poe.data.sources.hub import as_text
 from cognica_poe.errors import UserError
+from cognica_poe.recipe.named import RECIPES
 from tests.data.corpora import PIN, pair_of_sources, texts
 
 
@@ -36,8 +41,29 @@ def hub(monkeypatch):
 
 
 def test_an_unpinned_mix_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"no pinned revision for: fineweb-edu, .*openhermes"):
+    with pytest.raises(UserError, match=r"names no revision of fineweb-edu, .*data mix frontier_v1 --out mix.json"):
         build("frontier_v1", tmp_path / "out", max_bytes=10**6)
+
+
+def test_the_advice_about_an_unpinned_mix_works_to_the_letter(tmp_path, hub, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    unpinned = dataclasses.replace(pair_of_sources(revision=None), name="frontier_v1")  # of columns that ``hub`` has
+    monkeypatch.setitem(MIXES, "frontier_v1", unpinned)
+    with pytest.raises(UserError) as refused:
+        build("frontier_v1", tmp_path / "out")
+    command = re.search(r"`cognica-poe (.*?)`", str(refused.value))[1]
+    main(command.split())
+    assert "of: web" in capsys.readouterr().err
+    file = tmp_path / "mix.json"
+    file.write_text(file.read_text().replace('"revision": null', f'"revision": "{PIN}"'))
+    with pytest.raises(UserError, match="pass --max-bytes"):
+        build("mix.json", tmp_path / "out")
+    build("mix.json", tmp_path / "out", val_min_bytes=1000, max_bytes=200_000)
+    recipe = dataclasses.replace(RECIPES["3b"].data, mix="mix.json", max_bytes=200_000, val_min_bytes=1000)
+    recipe = dataclasses.replace(RECIPES["tiny"], data=dataclasses.replace(recipe, tokenizer_bytes=100_000))
+    recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, vocab_size=300))
+    pipeline.prepare(recipe, tmp_path / "run", lambda line: None)
+    assert load_manifest(tmp_path / "run" / "data").mix == "frontier_v1"
 
 
 def test_mix_files(tmp_path, hub):
@@ -85,7 +111,7 @@ def test_a_text_larger_than_the_size_is_left_out_and_counted(tmp_path, hub, monk
 
 def test_a_hub_mix_needs_a_size(tmp_path, hub):
     save_mix(pair_of_sources(), tmp_path / "m.json")
-    with pytest.raises(UserError, match="needs max_bytes"):
+    with pytest.raises(UserError, match="needs a size: pass --max-bytes"):
         build(tmp_path / "m.json", tmp_path / "out")
 
 
