@@ -25,7 +25,8 @@ KINDS = {
     "NUL": "\0", "private use": "\ue000", "mathematical letters": "\U0001d400", "sigma": "Σ", "dotted I": "İ",
     "soft hyphen": "\xad", "space and line end": " \n", "line end and mark": "-\n", "space and letter": " a",
     "space and mark": " -", "space and digit": " 1", "letter and digit": "a1", "case in turn": "aA",
-    "letter and mark": "a-", "sigma and mark": "Σ'", "text of a program": "    x = 1\n", "name of a special token": "<|bos|>",
+    "letter and mark": "a-", "sigma and mark": "Σ'", "text of a program": "    x = 1\n",
+    "name of a special token": "<|bos|>",
 }  # fmt: skip
 LENGTHS = (50_000, 400_000)
 SLOWER = 3 * LENGTHS[1] / LENGTHS[0]  # quadratic time is 64 times as long, linear 8 times
