@@ -1,6 +1,6 @@
 """One byte of any file of a run folder or a release is changed: every command that reads it names it or does the same.
 
-A copy of a small finished run has one bit flipped at seeded places of every file, and every command that reads that
+A copy of a small run has one bit flipped at seeded places of every file, and every command that reads that
 kind of file is run on it. ``named``: exit code 2 and one line with the name of the file; ``named, went on``: a line of
 log names it, the command goes on without it (an earlier checkpoint, rows packed again, a revision stored again), and
 comes to the same. ``harmless``: the result is that on the sound folder. Anything else would be ``silent``.
@@ -30,10 +30,10 @@ KINDS = {
     "rows": r"rows/rows-.*",
     "latest checkpoint": r"checkpoints/step-12/.*",
     "earlier checkpoint": r"checkpoints/step-(3|6|9)/.*",
-    "latest record": r"analysis/(step-12\..*|baseline\.json)",
-    "earlier record": r"analysis/step-6\..*",
-    "latest release": r"release/step-12/.*",
-    "earlier release": r"release/step-6/.*",
+    "record": r"analysis/(step-12\..*|baseline\.json)",
+    "other record": r"analysis/step-(6|13)\..*",
+    "release": r"release/step-12/.*",
+    "other release": r"release/step-(6|13)/.*",
     "hub": r"release/hub/models--[^/]*/(blobs|refs)/.*",
     "report": r"report/.*",
     "lock": r"(.*/)?\.[^/]*lock",
@@ -45,11 +45,11 @@ READERS = {
     "tokenizer": ("resume", "analyze", "export", "which-docs", "pack"),
     "rows": ("resume", "which-docs", "pack"),
     "latest checkpoint": ("resume", "analyze", "export"),
-    "earlier checkpoint": ("resume", "analyze"),
-    "latest record": ("analyze", "export", "report"),
-    "earlier record": ("analyze", "report"),
-    "latest release": ("publish", "generate", "serve", "calibrate"),
-    "earlier release": ("publish",),
+    "earlier checkpoint": ("resume", "export 6"),
+    "record": ("analyze", "export", "report"),
+    "other record": ("analyze", "export 6", "report"),
+    "release": ("publish", "generate", "serve", "calibrate"),
+    "other release": ("publish",),
     "hub": ("publish", "report", "generate from hub"),
     "report": ("report",),
     "lock": ("resume", "which-docs"),
@@ -69,9 +69,10 @@ def facts_of(record: Path) -> dict:
 
 TINY = ("--max-new-tokens", "4", "--json")
 COMMANDS = {
-    "resume": lambda run, out: ("train", run / "recipe.json", "--out", run, "--resume", "--training.steps", "13"),
+    "resume": lambda run, out: ("train", run / "recipe.json", "--out", run, "--resume"),
     "analyze": lambda run, out: ("analyze", run, "--step", "12"),
     "export": lambda run, out: ("export", run, "--step", "12", "--out", out),
+    "export 6": lambda run, out: ("export", run, "--step", "6", "--out", out),
     "publish": lambda run, out: ("publish", run, "--to", f"file:{run / 'release/hub'}"),
     "report": lambda run, out: ("report", run, "--out", out),
     "which-docs": lambda run, out: ("data", "which-docs", run, "--step", "3", "--json"),
@@ -92,6 +93,7 @@ LEFT = {
     "resume": lambda run, out: sha256_file(run / "checkpoints/step-13/model.safetensors"),
     "analyze": lambda run, out: facts_of(run / "analysis/step-12.json"),
     "export": lambda run, out: digests(out),
+    "export 6": lambda run, out: digests(out),
     "publish": lambda run, out: digests(run / "release/hub"),
     "report": lambda run, out: digests(out),
     "pack": lambda run, out: digests(run / "rows"),
@@ -116,13 +118,14 @@ class Outcome:
 
 
 class Lab:
-    """A finished run, copies of it, and what each command makes of a sound one."""
+    """A run of which the last step is to be trained again, copies of it, and what each command makes of a sound one."""
 
     def __init__(self, folder: Path):
         self.folder, self.sound, self.count = folder, {}, 0
         self.run = folder / "made" / "run"
-        save_recipe(small_recipe(write_texts(folder / "made" / "texts")), folder / "recipe.json")
+        save_recipe(small_recipe(write_texts(folder / "made" / "texts"), steps=13), folder / "recipe.json")
         assert call(["run", folder / "recipe.json", "--out", self.run]) == 0
+        shutil.rmtree(self.run / "checkpoints" / "step-13")  # for a step to be left
 
     def files(self, kind):
         """Files of a kind, as names below the run folder."""
