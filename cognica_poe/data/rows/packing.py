@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +24,6 @@ from cognica_poe.data.rows.store import (
     RowIndex,
     are_complete,
     load_facts,
-    row_file,
     verify_rows,
     write_facts,
     write_rows,
@@ -33,6 +31,7 @@ from cognica_poe.data.rows.store import (
 from cognica_poe.data.tokenizer import Tokenizer
 from cognica_poe.errors import UserError
 from cognica_poe.files import disk_errors, require_space
+from cognica_poe.leftovers import partial_file, sweep
 
 _VERSION = 2  # of the algorithm; part of the fingerprint
 _BATCH = 256  # documents encoded at a time
@@ -101,9 +100,9 @@ def pack(
     with disk_errors(out_dir):
         out_dir.mkdir(parents=True, exist_ok=True)
         require_space(out_dir, 2 * manifest.splits[split].bytes)
-        flat = row_file(out_dir, split, epoch, f".partial-{os.getpid()}")
-        try:
-            lengths = _encode_all(data_dir, split, tokenizer, case, flat)
+        sweep(out_dir)
+        with partial_file(out_dir) as (encoded, flat):
+            lengths = _encode_all(data_dir, split, tokenizer, case, encoded)
             order = np.argsort(random_bits(documents, seed, epoch, "documents"), kind="stable") if training else None
             heads = (random_bits(documents, seed, epoch, "heads") & np.uint64(1)).astype(bool) if training else None
             first, document, start, length = lay_out_rows(lengths, row_len, order, heads)
@@ -114,8 +113,6 @@ def pack(
                 )
             index = RowIndex(first, document, start, length, case)
             write_rows(out_dir, split, epoch, _fill_rows(flat, lengths, index, row_len, tokenizer.bos_id), index)
-        finally:
-            flat.unlink(missing_ok=True)
     made = PackedRows(
         fingerprint=fingerprint,
         split=split,
@@ -169,14 +166,14 @@ def _draw_cases(documents: int, probability: float, seed: int, epoch: int) -> np
     return np.where(drawn[0] < probability, np.where(drawn[1] < _LOWER_SHARE, 1, 2), 0).astype(np.uint8)
 
 
-def _encode_all(data_dir: Path, split: str, tokenizer: Tokenizer, case: np.ndarray, flat: Path) -> np.ndarray:
-    """Append every document's ids (uint16, no BOS) to ``flat``; int64 [documents] lengths."""
+def _encode_all(data_dir: Path, split: str, tokenizer: Tokenizer, case: np.ndarray, file: IO[bytes]) -> np.ndarray:
+    """Write every document's ids (uint16, no BOS) to ``file``; int64 [documents] lengths."""
     lengths: list[int] = []
-    with open(flat, "wb") as file:
-        for texts in _batches(apply_case(d.text, case[i]) for i, d in enumerate(read_documents(data_dir, split))):
-            for ids in tokenizer.encode_batch(texts):
-                lengths.append(len(ids))
-                file.write(ids.tobytes())
+    for texts in _batches(apply_case(d.text, case[i]) for i, d in enumerate(read_documents(data_dir, split))):
+        for ids in tokenizer.encode_batch(texts):
+            lengths.append(len(ids))
+            file.write(ids.tobytes())
+    file.flush()
     return np.array(lengths, dtype=np.int64)
 
 

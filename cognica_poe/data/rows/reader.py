@@ -147,8 +147,6 @@ class Rows:
     def _pack(self, epoch: int) -> PackedRows:
         self.rows_dir.mkdir(parents=True, exist_ok=True)
         with FileLock(self.rows_dir / f".{self.split}-{epoch}.lock"):
-            for leftover in self.rows_dir.glob(f"rows-{self.split}-epoch{epoch}.*partial-*"):
-                leftover.unlink(missing_ok=True)  # of a killed process
             return packing.pack(
                 self.data_dir,
                 self.tokenizer,

@@ -8,8 +8,8 @@ cost of one digest, and no reader has to go through rows that it does not need.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cognica_poe.errors import UserError
-from cognica_poe.files import sha256_file
+from cognica_poe.files import put_file, sha256_file
+from cognica_poe.leftovers import partial_file
 from cognica_poe.seals import read_sealed, require_sha256, write_sealed
 
 SUFFIXES = (".bin", ".sums", ".npz")
@@ -158,25 +159,16 @@ def verify_rows(out_dir: Path, facts: PackedRows) -> None:
 
 def write_rows(out_dir: Path, split: str, epoch: int, rows: Iterable[NDArray[np.uint16]], index: RowIndex) -> None:
     """Write rows, their digests and the index under their final names; the sidecar is to follow."""
-    partial = {suffix: row_file(out_dir, split, epoch, f"{suffix}.partial-{os.getpid()}") for suffix in SUFFIXES}
-    try:
-        with open(partial[".bin"], "wb") as file, open(partial[".sums"], "wb") as sums:
-            for values in rows:
-                file.write(values.tobytes())
-                sums.write(row_sum(values))
-            for written in (file, sums):
-                written.flush()
-                os.fsync(written.fileno())
-        with open(partial[".npz"], "wb") as file:
-            np.savez(file, **{name: getattr(index, name) for name in RowIndex.__dataclass_fields__})
-            file.flush()
-            os.fsync(file.fileno())
+    with contextlib.ExitStack() as stack:
+        partial = {suffix: stack.enter_context(partial_file(out_dir)) for suffix in SUFFIXES}
+        (file, _), (sums, _), (numbers, _) = (partial[suffix] for suffix in (".bin", ".sums", ".npz"))
+        for values in rows:
+            file.write(values.tobytes())
+            sums.write(row_sum(values))
+        np.savez(numbers, **{name: getattr(index, name) for name in RowIndex.__dataclass_fields__})
         row_file(out_dir, split, epoch, ".json").unlink(missing_ok=True)  # the old rows no longer count
-        for suffix, finished in partial.items():
-            os.replace(finished, row_file(out_dir, split, epoch, suffix))
-    finally:
-        for leftover in partial.values():
-            leftover.unlink(missing_ok=True)
+        for suffix, (finished, path) in partial.items():
+            put_file(finished, path, row_file(out_dir, split, epoch, suffix))
 
 
 def write_facts(out_dir: Path, facts: PackedRows) -> PackedRows:

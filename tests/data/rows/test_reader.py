@@ -9,6 +9,7 @@ from cognica_poe.data.rows.packing import apply_case
 from cognica_poe.data.rows.reader import CASES, Rows
 from cognica_poe.data.rows.store import row_file
 from cognica_poe.errors import UserError
+from cognica_poe.leftovers import PREFIX
 
 
 @pytest.fixture
@@ -127,8 +128,7 @@ def test_several_readers_pack_once(make, monkeypatch):
 
 def test_leftovers_of_a_killed_process_are_removed(make, tmp_path):
     (tmp_path / "rows").mkdir()
-    (tmp_path / "rows" / "rows-train-epoch0.bin.partial-99").write_bytes(b"half")
-    (tmp_path / "rows" / "rows-train-epoch0.partial-99").write_bytes(b"half")
+    (tmp_path / "rows" / f"{PREFIX}99").write_bytes(b"half")
     make().batch(0, 2)
     assert not list((tmp_path / "rows").glob("*partial*"))
 
