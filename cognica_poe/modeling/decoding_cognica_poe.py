@@ -1,9 +1,9 @@
 """Generation modes of a Product-of-Experts model (model card, "PoE-specific inference").
 
 Common keyword arguments of all modes: ``attention_mask`` (left padding), ``max_new_tokens=64``, ``eos_token_id``,
-``pad_token_id``, ``do_sample=False``, ``temperature``, ``top_k``, ``top_p``, ``repetition_penalty``,
-``logits_processor``, ``seed``, ``stop_strings`` with ``tokenizer``, ``stopping_criteria``, ``streamer``; they are
-described at :meth:`GenerationRequest.build`.
+``pad_token_id``, ``do_sample=False``, ``seed``, ``stop_strings`` with ``tokenizer``, ``max_time``,
+``logits_processor``, ``stopping_criteria``, ``streamer``, and the settings of transformers that change scores or filter
+a distribution; they are described at :meth:`GenerationRequest.build`.
 
 All modes take prompts ``input_ids`` ``[B, T]`` and return ``[B, T + new]`` int64; rows that end early are filled with
 the pad id. All raise ValueError for a wrong request and for stages, weights, bounds or drafters that do not exist or
@@ -13,12 +13,14 @@ stage heads and answers through ``generate()`` alone.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 from transformers import GenerationMixin
+from transformers.generation import GenerateDecoderOnlyOutput
 
 from .configuration_cognica_poe import CognicaPoEConfig, check
 from .drafting_cognica_poe import DRAFTERS
@@ -26,6 +28,7 @@ from .engine_cognica_poe import Engines
 from .graphs_cognica_poe import has_compiler
 from .loops_cognica_poe import decode_pool, decode_wand
 from .request_cognica_poe import GenerationRequest, is_int, pad_rows
+from .settings_cognica_poe import read_settings
 from .speculation_cognica_poe import decode_speculative
 
 MODES = {
@@ -38,13 +41,6 @@ MODES = {
 }
 """Method of every ``poe_mode``."""
 
-SAMPLING = ("temperature", "top_k", "top_p")
-SHARED = ("do_sample", "repetition_penalty", "eos_token_id", "pad_token_id", "max_new_tokens", "stop_strings")
-PASSED = ("attention_mask", "streamer", "tokenizer", "stopping_criteria", "logits_processor", "seed")
-IGNORED = ("use_cache", "cache_implementation", "position_ids", "token_type_ids", "custom_generate", "synced_gpus")
-UNSUPPORTED = {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False, "min_p": None}
-"""Settings of transformers that the modes do not have, with the value that asks for nothing."""
-
 
 class PoEDecodingMixin(GenerationMixin):
     """The modes beside ``generate()``, which samples the pool of all stages."""
@@ -53,7 +49,10 @@ class PoEDecodingMixin(GenerationMixin):
     lm_head: nn.Linear
 
     POE_WAND_P99_BOUNDS_PER_STAGE_HEAD = (3.2557, 1.5259, 1.1327)
-    """Bounds of the 3B release at step 14,000: the fallback of four-stage models whose config has none."""
+    """Bounds of the 3B release at step 14,000: the fallback of four-stage models whose config has none.
+
+    They were measured on another model: ``cognica-poe calibrate`` measures a release's own.
+    """
 
     def prepare_decoding(self, compile: bool = False, width: int | None = None) -> None:
         """Choose how the modes run; takes effect at the next call, which arranges the weights anew.
@@ -85,25 +84,33 @@ class PoEDecodingMixin(GenerationMixin):
 
         Args:
             inputs: prompts ``[B, T]``; ``input_ids`` as a keyword serves as well.
-            generation_config: as in transformers. It may itself hold ``poe_mode`` and ``poe_options``, which is how
-                ``pipeline`` and ``cognica-poe serve`` reach the modes of a released folder.
+            generation_config: as in transformers. It, or the model's own, may hold ``poe_mode``, ``poe_options`` and
+                ``seed``, which is how ``pipeline`` and ``cognica-poe serve`` reach the modes of a released folder.
             poe_mode: ``full``, ``prefix``, ``stage``, ``wand``, ``speculative`` or ``parallel``; None, unless the
                 generation config says otherwise, is transformers' own loop.
-            **kwargs: as in transformers; with a mode also ``poe_options``, a dict with that mode's own arguments.
+            **kwargs: as in transformers; with a mode also ``poe_options``, a dict with that mode's own arguments, and
+                ``seed``. Settings mean what they mean in transformers and have its defaults: sampling is among the 50
+                most probable tokens unless ``top_k`` says otherwise.
+
+        Returns:
+            ids as the mode's method does, in a ``GenerateDecoderOnlyOutput`` with ``return_dict_in_generate``.
 
         Raises:
-            ValueError: no such mode, an option that the modes do not have, a wrong request, or weights that the modes
-                cannot take, such as those under an unmerged adapter (see :func:`plain_weights`).
+            ValueError: no such mode, an option of another mode, a setting that the modes do not have
+                (:func:`read_settings`), a wrong request, or weights that the modes cannot take, such as those under an
+                unmerged adapter (see :func:`plain_weights`).
         """
-        config = generation_config if generation_config is not None else self.generation_config
-        mode, options = poe_mode, kwargs.pop("poe_options", None)
+        configs = [generation_config, self.generation_config]
+        mode, options = _configured_mode(configs, poe_mode, kwargs.pop("poe_options", None))
         if mode is None:
-            mode = getattr(config, "poe_mode", None)
-            options = getattr(config, "poe_options", None) if options is None else options
-        if mode is None:
+            check(options is None, "poe_options says how a mode runs: pass poe_mode as well")
             # transformers declares self as a class that exists for type checkers alone
             return super().generate(inputs, generation_config=generation_config, **kwargs)  # type: ignore[misc]
-        return _run_mode(self, mode, options or {}, inputs, config, kwargs)
+        options = options or {}
+        _check_options(self, mode, options)
+        arguments, as_dict = read_settings(self, mode, inputs, generation_config, kwargs)
+        answer = getattr(self, MODES[mode])(**options, **arguments)
+        return _as_dict(answer) if as_dict else answer
 
     @torch.no_grad()
     def generate_prefix(self, input_ids: torch.Tensor, max_stages: int | None = None, **options) -> torch.Tensor:
@@ -135,7 +142,9 @@ class PoEDecodingMixin(GenerationMixin):
 
         Args:
             safety: factor on the bounds; larger means fewer exits.
-            p99_bounds: K-1 bounds, one per transition between stages; the config's when None.
+            p99_bounds: K-1 bounds, one per transition between stages; the config's when None. A model of four stages
+                whose config has none falls back to ``POE_WAND_P99_BOUNDS_PER_STAGE_HEAD``, those of another model; one
+                of another number of stages refuses.
             return_stages_used: also return how many stages each new token used.
 
         Returns:
@@ -232,8 +241,10 @@ class PoEDecodingMixin(GenerationMixin):
         bounds = self.config.poe_wand_p99_bounds_per_stage_head if bounds is None else bounds
         if bounds is None:
             how = f"pass p99_bounds with {K - 1} values, or calibrate the model so that its config has "
-            check(K in (1, 4), f"no WAND bounds for {K} stages: {how}poe_wand_p99_bounds_per_stage_head")
-            bounds = self.POE_WAND_P99_BOUNDS_PER_STAGE_HEAD if K == 4 else ()
+            fallback = self.POE_WAND_P99_BOUNDS_PER_STAGE_HEAD if K > 1 else ()
+            fits = len(fallback) == K - 1
+            check(fits, f"no WAND bounds for {K} stages: {how}poe_wand_p99_bounds_per_stage_head")
+            bounds = fallback
         bounds = [float(bound) for bound in bounds]
         fits = len(bounds) == K - 1 and all(bound >= 0 for bound in bounds)
         check(fits, f"p99_bounds {bounds} need {K - 1} non-negative values, one per transition between stages")
@@ -241,30 +252,38 @@ class PoEDecodingMixin(GenerationMixin):
         return bounds
 
 
-def _run_mode(model, mode: str, options: dict, inputs: torch.Tensor | None, config, kwargs: dict) -> torch.Tensor:
-    """Answer a call of ``generate()``: ``options`` are the mode's own, ``kwargs`` the call's, which beat ``config``."""
+def _configured_mode(configs: list, mode: str | None, options: dict | None) -> tuple[str | None, dict | None]:
+    """Mode and options of a call: what was given, else what the first of the ``configs`` that knows of modes holds."""
+    held = [(getattr(c, "poe_mode", None), getattr(c, "poe_options", None)) for c in configs if c is not None]
+    known, its_options = next((pair for pair in held if pair != (None, None)), (None, None))
+    mode = known if mode is None else mode
+    # Options belong to the mode that they stand beside.
+    return mode, its_options if options is None and known in (None, mode) else options
+
+
+def _check_options(model, mode: str, options: dict) -> None:
+    """Raise ValueError unless ``options`` are those of the mode, all that it needs among them."""
     check(mode in MODES, f"poe_mode {mode!r} does not exist; choose one of {', '.join(MODES)}")
-    ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
-    if ids is None:
-        raise ValueError("generate() needs input_ids: [batch, tokens]")
-    given = {name: kwargs.pop(name, getattr(config, name, None)) for name in (*SHARED, *SAMPLING, *UNSUPPORTED)}
-    max_length = kwargs.pop("max_length", None)
-    passed = {name: kwargs.pop(name) for name in PASSED if kwargs.get(name) is not None}
-    unknown = [name for name, value in kwargs.items() if value is not None and name not in IGNORED]
-    unknown += [name for name, nothing in UNSUPPORTED.items() if given.pop(name) not in (nothing, None)]
-    check(not unknown, f"poe_mode {mode!r} does not know {', '.join(unknown)}; leave it out, or poe_mode itself")
-    if given["max_new_tokens"] is None:
-        given["max_new_tokens"] = max_length - ids.shape[1] if max_length else _room(model, ids, config)
-    if not given["do_sample"]:  # a config may hold both; greedy decoding asks for no temperature
-        given = {name: value for name, value in given.items() if name not in SAMPLING}
-    elif given["top_k"] == 0:  # transformers' way to say all tokens
-        given["top_k"] = None
-    given = {name: value for name, value in given.items() if value is not None}
-    return getattr(model, MODES[mode])(ids, **options, **given, **passed)
+    parameters = _own_parameters(model, mode)
+    known = ", ".join(parameters) or "none"
+    strange = [name for name in options if name not in parameters]
+    for name in strange[:1]:
+        owners = [other for other in MODES if name in _own_parameters(model, other)]
+        whose = f"it belongs to {' and '.join(owners)}" if owners else "no mode has it"
+        raise ValueError(f"poe_mode {mode!r} has no option {name}: {whose}; its options are: {known}")
+    missing = [name for name, p in parameters.items() if p.default is p.empty and options.get(name) is None]
+    check(not missing, f"poe_mode {mode!r} needs {', '.join(missing)}: pass poe_options with it")
 
 
-def _room(model, ids: torch.Tensor, config) -> int:
-    """New tokens when nobody says how many: the config's ``max_length``, at most what the context holds."""
-    limit = model.config.max_position_embeddings
-    longest = min(getattr(config, "max_length", None) or 20 + ids.shape[1], limit)
-    return max(longest - ids.shape[1], 1)
+def _own_parameters(model, mode: str) -> dict[str, inspect.Parameter]:
+    """What a mode's method takes beside what all take; ``full`` is the prefix of all stages."""
+    parameters = inspect.signature(getattr(model, MODES[mode])).parameters
+    shared = ("input_ids", "options", "max_stages") if mode == "full" else ("input_ids", "options")
+    return {name: parameter for name, parameter in parameters.items() if name not in shared}
+
+
+def _as_dict(answer) -> GenerateDecoderOnlyOutput | tuple:
+    """The answer of a mode with its ids in transformers' dict."""
+    if isinstance(answer, tuple):
+        return _as_dict(answer[0]), *answer[1:]
+    return GenerateDecoderOnlyOutput(sequences=answer)

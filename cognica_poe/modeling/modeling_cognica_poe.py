@@ -22,6 +22,7 @@ from .blocks_cognica_poe import Block, Rotary, Trunk, rmsnorm, rotary_factors, s
 from .cache_cognica_poe import CognicaKVCache
 from .configuration_cognica_poe import CognicaPoEConfig, check
 from .decoding_cognica_poe import PoEDecodingMixin
+from .documents_cognica_poe import document_places, is_followed
 from .engine_cognica_poe import ENGINES
 from .sampling_cognica_poe import combine
 
@@ -117,9 +118,13 @@ class CognicaPoEForCausalLM(PreTrainedModel, PoEDecodingMixin, GenerationMixin):
         """cos and sin of integer positions ``[B, T]`` in the dtype of the weights."""
         return rotary_factors(positions, self.config.head_dim, self.config.rope_theta, self.lm_head.weight.dtype)
 
-    def masks(self, x: torch.Tensor, attention_mask=None, cache: CognicaKVCache | None = None) -> dict:
-        """Attention mask per layer type in the form that the chosen attention implementation wants."""
+    def masks(self, x: torch.Tensor, attention_mask=None, cache: CognicaKVCache | None = None, places=None) -> dict:
+        """Attention mask per layer type in the form that the chosen attention implementation wants.
+
+        ``places`` ``[B, T]`` are those of :func:`document_places`, instead of an ``attention_mask``.
+        """
         inputs = {"inputs_embeds": x, "attention_mask": attention_mask, "past_key_values": cache}
+        inputs |= {} if places is None else {"attention_mask": None, "position_ids": places}
         masks = {"full_attention": create_causal_mask(self.config, **inputs)}
         if "sliding_attention" in self.config.layer_types:
             masks["sliding_attention"] = create_sliding_window_causal_mask(self.config, **inputs)
@@ -153,9 +158,19 @@ class CognicaPoEForCausalLM(PreTrainedModel, PoEDecodingMixin, GenerationMixin):
         return softcap(self.lm_head(rmsnorm(x, self.config.rms_norm_eps)), self.config.logit_softcap)
 
     def boundary_states(
-        self, ids: torch.Tensor, attention_mask=None, position_ids=None, cache=None, max_stages: int | None = None
+        self,
+        ids: torch.Tensor,
+        attention_mask=None,
+        position_ids=None,
+        cache=None,
+        max_stages: int | None = None,
+        places=None,
     ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-        """Residual stream after each of the first ``max_stages`` stages, and after layer L//2 (if reached)."""
+        """Embeddings ``x0``, the residual stream after each of the first ``max_stages`` stages; that after layer L//2.
+
+        All are ``[B, T, D]``; the last is None where layer L//2 is not reached. ``places`` are those of
+        :func:`document_places`.
+        """
         config = self.config
         past = cache.get_seq_length() if cache is not None else 0
         self.check_ids(ids, past)
@@ -166,11 +181,12 @@ class CognicaPoEForCausalLM(PreTrainedModel, PoEDecodingMixin, GenerationMixin):
             position_ids = torch.arange(past, past + T, device=ids.device)[None]
             if padding:  # the first real token stands at 0, as generate() counts
                 position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -T:]
-        x0 = x = self.embed(ids, real, cache.previous() if cache is not None else None)
-        masks, rotary = self.masks(x, attention_mask, cache), self.rotary(position_ids)
+        leads = real if places is None else is_followed(places, real)
+        x0 = x = self.embed(ids, leads, cache.previous() if cache is not None else None)
+        masks, rotary = self.masks(x, attention_mask, cache, places), self.rotary(position_ids)
         if cache is not None:
             cache.record(ids, real)
-        states, middle = [], None
+        states, middle = [x0], None
         for stage in range(max_stages or config.num_stages):
             layers = config.stage_layers(stage)
             half = config.num_hidden_layers // 2 + 1  # the middle is the state after layer L//2
@@ -205,22 +221,56 @@ class CognicaPoEForCausalLM(PreTrainedModel, PoEDecodingMixin, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
         **kwargs,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast | tuple:
         """Logits ``[B, T, V]`` fp32: the pool's log-probabilities, or the plain path's when ``poe_mode`` is none.
 
+        Args:
+            input_ids: ids ``[B, T]``.
+            attention_mask: 1 at tokens and 0 at padding, ``[B, past + T]``, or a mask ``[B, 1, T, past + T]`` as is.
+            position_ids: ``[B, T]`` or ``[1, T]``; where they do not go on by 1, the next document of the row begins,
+                which sees nothing of those before it. Such a row has no cache.
+            past_key_values: cache of the text before; made anew when ``use_cache``.
+            inputs_embeds: refused.
+            labels: ids ``[B, T]``, -100 where none counts; shifted by one inside.
+            use_cache: return a cache; the config's when None, never in training mode.
+            logits_to_keep: how many of the last positions get logits, or which; all when 0.
+            output_attentions: refused.
+            output_hidden_states: also return the ``K + 1`` states ``[B, T, D]`` at the stages' boundaries: the smeared
+                embeddings, then the residual stream behind every stage, each before its norm. The config's when None.
+            return_dict: False for a tuple of what is not None; the config's when None.
+            **kwargs: ``num_items_in_batch``, ``shift_labels`` and ``ignore_index`` of transformers' loss;
+                ``cache_position`` if it says where the block stands anyway.
+
         Raises:
-            ValueError: ids outside the vocabulary, a text longer than the context, or embeddings instead of ids
-                (value embeddings are looked up by id).
+            ValueError: ids outside the vocabulary, a text longer than the context, embeddings instead of ids (value
+                embeddings are looked up by id), attention weights asked for, documents in a row with a cache or with
+                an attention implementation that cannot part them.
+            TypeError: a keyword that does not exist.
         """
-        if input_ids is None:
-            raise ValueError("this model needs input_ids: its value embeddings are looked up by token id")
+        config, given = self.config, past_key_values is not None
+        if input_ids is None or inputs_embeds is not None:
+            raise ValueError("this model needs input_ids, not inputs_embeds: it looks value embeddings up by id")
         if past_key_values is not None and not isinstance(past_key_values, CognicaKVCache):
             raise ValueError(f"past_key_values is a {type(past_key_values).__name__}; pass a CognicaKVCache")
-        use_cache = self.config.use_cache if use_cache is None else use_cache
-        if use_cache and past_key_values is None and not self.training:
-            past_key_values = CognicaKVCache(self.config)
-        states, middle = self.boundary_states(input_ids, attention_mask, position_ids, past_key_values)
+        attentions = config.output_attentions if output_attentions is None else output_attentions
+        check(not attentions, "output_attentions: this model returns no attention weights; leave it out")
+        kwargs = _loss_arguments(kwargs, input_ids, past_key_values)
+        places = None
+        if position_ids is not None:
+            places = document_places(config, input_ids, position_ids, attention_mask, past_key_values)
+            made = use_cache and not self.training
+            check(places is None or not (made or given), "position_ids restart within a row: several documents have no "
+                  "cache; pass use_cache=False and no past_key_values")  # fmt: skip
+        use_cache = config.use_cache if use_cache is None else use_cache
+        if use_cache and past_key_values is None and not self.training and places is None:
+            past_key_values = CognicaKVCache(config)
+        (x0, *states), middle = self.boundary_states(
+            input_ids, attention_mask, position_ids, past_key_values, places=places
+        )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         if self.config.poe_mode == "none":
             assert middle is not None
@@ -230,27 +280,36 @@ class CognicaPoEForCausalLM(PreTrainedModel, PoEDecodingMixin, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        hidden = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        if hidden:
+            output.hidden_states = (x0, *states)
+        return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def all_logits(self, ids: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
         """Capped fp32 logits ``[B, T, V]`` of every stage and of the plain path, from one pass over the trunk."""
-        states, middle = self.boundary_states(ids)
+        (_, *states), middle = self.boundary_states(ids)
         assert middle is not None
         return tuple(self.stage_head(x, k) for k, x in enumerate(states)), self.plain_head(states[-1], middle)
 
     def forward_stage(self, ids: torch.Tensor, stage: int) -> torch.Tensor:
         """Capped fp32 logits ``[B, T, V]`` of one stage's own head; layers above the stage are not run."""
         self.check_stages([stage])
-        return self.stage_head(self.boundary_states(ids, max_stages=stage + 1)[0][stage], stage)
+        return self.stage_head(self.boundary_states(ids, max_stages=stage + 1)[0][-1], stage)
 
     def forward_aggregated(self, ids: torch.Tensor, max_stages: int | None = None) -> torch.Tensor:
         """Log-probabilities ``[B, T, V]`` fp32 of the pool of the first ``max_stages`` stages."""
         max_stages = self.config.num_stages if max_stages is None else max_stages
         self.check_stages([max_stages - 1], "max_stages", max_stages)
-        return self._pool(self.boundary_states(ids, max_stages=max_stages)[0])
+        return self._pool(self.boundary_states(ids, max_stages=max_stages)[0][1:])
 
     def _pool(self, states: list[torch.Tensor]) -> torch.Tensor:
         return combine([self.stage_head(x, k) for k, x in enumerate(states)], self.config.poe_alpha)
+
+    def prepare_inputs_for_generation(self, input_ids, **kwargs):
+        # generate() hands its loop's own arguments on to the model.
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("tokenizer", "assistant_tokenizer")}
+        return super().prepare_inputs_for_generation(input_ids, **kwargs)
 
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args
@@ -261,6 +320,20 @@ class CognicaPoEForCausalLM(PreTrainedModel, PoEDecodingMixin, GenerationMixin):
         check(max_cache_length <= limit, f"{much}; shorten the prompt or lower max_new_tokens")
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = CognicaKVCache(self.config)
+
+
+def _loss_arguments(kwargs: dict, ids: torch.Tensor, cache: CognicaKVCache | None) -> dict:
+    """The keywords that transformers' loss takes; TypeError for one that nobody takes."""
+    kwargs = {name: value for name, value in kwargs.items() if value is not None}
+    position = kwargs.pop("cache_position", None)
+    if position is not None and not torch.compiler.is_compiling():
+        past = cache.get_seq_length() if cache is not None else 0
+        stands = torch.equal(position.cpu().flatten(), torch.arange(past, past + ids.shape[1]))
+        check(stands, f"cache_position differs from where the block stands, {past} to {past + ids.shape[1] - 1}")
+    for name in kwargs:
+        if name not in ("num_items_in_batch", "shift_labels", "ignore_index"):
+            raise TypeError(f"forward() got an unexpected keyword argument {name!r}")
+    return kwargs
 
 
 CognicaPoEConfig.register_for_auto_class()

@@ -10,7 +10,7 @@ import torch
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
-    RepetitionPenaltyLogitsProcessor,
+    MaxTimeCriteria,
     StoppingCriteria,
     StoppingCriteriaList,
     StopStringCriteria,
@@ -19,6 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from .configuration_cognica_poe import check
 from .sampling_cognica_poe import TokenChoice, exact_dtype, uniforms
+from .settings_cognica_poe import FILTERS, RARE_FILTERS, SCORES, filters, is_neutral, row_processors
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class GenerationRequest:
     choice: TokenChoice  # how tokens are chosen
     uniforms: torch.Tensor | None  # [B, max_new_tokens, 3] when sampling, see uniforms()
     stopping: StoppingCriteriaList  # further reasons to end a row, stop strings among them; empty for none
-    processors: LogitsProcessorList  # change the scores of a token before it is chosen; empty for none
+    processors: list[LogitsProcessorList]  # of every row, change scores before a token is chosen; empty for none
     streamer: BaseStreamer | None = None  # receives the prompt, then each new column [B] of ids, then end()
 
     @classmethod
@@ -47,16 +48,14 @@ class GenerationRequest:
         eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int | None = None,
         do_sample: bool = False,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        repetition_penalty: float | None = None,
         logits_processor: Sequence[LogitsProcessor] | None = None,
         seed: int | None = None,
         stop_strings: str | list[str] | None = None,
         tokenizer=None,
+        max_time: float | None = None,
         stopping_criteria: Sequence[StoppingCriteria] | None = None,
         streamer=None,
+        **settings,
     ) -> GenerationRequest:
         """Check everything up front, so that a mistake costs no computation.
 
@@ -68,20 +67,25 @@ class GenerationRequest:
             eos_token_id: id or ids that end a row; the model's own when None, an empty list for none.
             pad_token_id: fills ended rows; the model's own, else the first end token, else 0.
             do_sample: draw tokens instead of taking the most probable one.
-            temperature, top_k, top_p: the distribution drawn from, in this order; only with ``do_sample``.
-            repetition_penalty: scores of tokens that the text holds are divided (positive) or multiplied (negative) by
-                this, as in transformers; padding does not count as text.
             logits_processor: processors as in transformers, asked row by row and before the temperature.
             seed: makes sampling repeatable; taken from torch's global generator when None.
             stop_strings: a row ends with the token that completes one of these; needs ``tokenizer``.
             tokenizer: the tokenizer of the prompts, read only for ``stop_strings``.
+            max_time: seconds after which no row goes on, counted from now.
             stopping_criteria: criteria as in transformers, asked row by row after every token; their ``scores`` are
                 None.
             streamer: object with ``put`` and ``end`` as in transformers.
+            **settings: as in transformers' ``GenerationConfig``: what changes scores (``SCORES`` of the module of
+                settings; padding does not count as text), and with ``do_sample`` the filters ``temperature``,
+                ``top_k``, ``top_p`` and ``RARE_FILTERS``, of which none is at work unless given.
 
         Raises:
             ValueError: one line that says what is wrong.
+            TypeError: a setting that does not exist here.
         """
+        unknown = ", ".join(sorted(settings.keys() - {*SCORES, *FILTERS, *RARE_FILTERS}))
+        if unknown:
+            raise TypeError(f"the decoding modes got an unexpected keyword argument: {unknown}")
         _check_ids(model, input_ids)
         lengths = _real_lengths(input_ids, attention_mask)
         check(is_int(max_new_tokens) and max_new_tokens >= 1, f"max_new_tokens is {max_new_tokens}; ask for at least 1")
@@ -93,21 +97,24 @@ class GenerationRequest:
         eos = _default(model, "eos_token_id") if eos_token_id is None else eos_token_id
         eos = [] if eos is None else [eos] if isinstance(eos, int) else [int(i) for i in eos]
         pad = _default(model, "pad_token_id") if pad_token_id is None else pad_token_id
-        choice = _choice(do_sample, temperature, top_k, top_p)
+        choice = _choice(model, do_sample, {n: settings.get(n) for n in (*FILTERS, *RARE_FILTERS)})
         numbers = None
         if do_sample:
             seed = int(torch.randint(2**62, ())) if seed is None else seed
             numbers = uniforms(seed, len(lengths), max_new_tokens).to(model.device, exact_dtype(model.device))
+        ids = input_ids.to(model.device)
+        prompts = [row[-length:] for row, length in zip(ids, lengths, strict=True)]
+        scores = {name: value for name in SCORES if not is_neutral(name, value := settings.get(name))}
         return cls(
-            ids=input_ids.to(model.device),
+            ids=ids,
             lengths=lengths,
             max_new_tokens=max_new_tokens,
             eos=frozenset(eos),
             pad=pad if pad is not None else eos[0] if eos else 0,
             choice=choice,
             uniforms=numbers,
-            stopping=_stopping(stop_strings, tokenizer, stopping_criteria),
-            processors=_processors(repetition_penalty, logits_processor),
+            stopping=_stopping(stop_strings, tokenizer, max_time, stopping_criteria),
+            processors=row_processors(model, prompts, max_new_tokens, eos, scores, logits_processor),
             streamer=streamer,
         )
 
@@ -184,7 +191,7 @@ class Transcript:
             for lane in range(scores.shape[1]):
                 before = cast(torch.LongTensor, self.request.ids.new_tensor(text + tokens[: start + lane])[None])
                 now = cast(torch.FloatTensor, scores[row, lane][None])
-                scores[row, lane] = self.request.processors(before, now)[0]
+                scores[row, lane] = self.request.processors[row](before, now)[0]
         return scores
 
     def finish(self) -> torch.Tensor:
@@ -242,26 +249,22 @@ def _default(model, name: str):
     return own if own is not None else getattr(model.config, name, None)
 
 
-def _processors(penalty: float | None, processors) -> LogitsProcessorList:
-    found = LogitsProcessorList(processors or [])
-    if penalty is not None and penalty != 1.0:
-        check(penalty > 0, f"repetition_penalty is {penalty}; it must be above 0")
-        found.insert(0, RepetitionPenaltyLogitsProcessor(float(penalty)))
-    return found
-
-
-def _stopping(strings: str | list[str] | None, tokenizer, criteria) -> StoppingCriteriaList:
+def _stopping(strings: str | list[str] | None, tokenizer, seconds: float | None, criteria) -> StoppingCriteriaList:
     stopping = StoppingCriteriaList(criteria or [])
+    if seconds is not None:
+        stopping.append(MaxTimeCriteria(max_time=seconds))
     if strings is not None:
         check(tokenizer is not None, "stop_strings needs tokenizer, the tokenizer of the prompts")
         stopping.append(StopStringCriteria(tokenizer, strings))
     return stopping
 
 
-def _choice(do_sample: bool, temperature, top_k, top_p) -> TokenChoice:
-    given = [n for n, v in (("temperature", temperature), ("top_k", top_k), ("top_p", top_p)) if v is not None]
-    check(do_sample or not given, f"{', '.join(given)} needs do_sample=True; without it decoding is greedy")
+def _choice(model, do_sample: bool, given: dict) -> TokenChoice:
+    asked = [name for name, value in given.items() if value is not None]
+    check(do_sample or not asked, f"{', '.join(asked)} needs do_sample=True; without it decoding is greedy")
+    temperature, top_k, top_p = (given[name] for name in FILTERS)
     check(temperature is None or temperature > 0, f"temperature is {temperature}; it must be above 0")
     check(top_k is None or (is_int(top_k) and top_k >= 1), f"top_k is {top_k}; it must be at least 1")
     check(top_p is None or 0 < top_p <= 1, f"top_p is {top_p}; it must be in (0, 1]")
-    return TokenChoice(do_sample, 1.0 if temperature is None else float(temperature), top_k, top_p)
+    chain = filters(model, given) if do_sample else None
+    return TokenChoice(do_sample, 1.0 if temperature is None else float(temperature), top_k, top_p, chain)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
+from transformers import LogitsProcessorList
 
 DRAFT, ACCEPT, FINAL = range(3)
 """Last index of the uniforms: draw a draft, test a draft, draw the token that is kept."""
@@ -70,9 +72,13 @@ class TokenChoice:
     temperature: float = 1.0  # divides the log-probabilities before the filters
     top_k: int | None = None  # keep the k most probable tokens and whatever ties with the last of them
     top_p: float | None = None  # keep the smallest set of most probable tokens that reaches this probability
+    chain: LogitsProcessorList | None = None  # transformers' own filters, instead of the three above
 
     def probabilities(self, logprobs: torch.Tensor) -> torch.Tensor:
         """The distribution ``[..., V]`` that a draw follows: temperature, then top-k, then top-p, as transformers."""
+        if self.chain is not None:  # none of the filters reads the text
+            flat = cast(torch.FloatTensor, logprobs.reshape(-1, logprobs.shape[-1]))
+            return self.chain(cast(torch.LongTensor, None), flat).view_as(logprobs).softmax(dim=-1)
         scores = logprobs / self.temperature
         if self.top_k is not None and self.top_k < scores.shape[-1]:
             kth = scores.topk(self.top_k, dim=-1).values[..., -1:]

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from transformers import StoppingCriteriaList
 
 from .drafting_cognica_poe import Drafts, make_drafter
 from .engine_cognica_poe import Engines
@@ -137,7 +138,13 @@ def choose_drafter(
     measured = Engines.of(model).measured
     key = (len(request.lengths), request.choice.do_sample, draft_stage, verifier)
     if key not in measured:
-        trial = dataclasses.replace(request, max_new_tokens=min(TRIAL_TOKENS, request.max_new_tokens), streamer=None)
+        # Nobody is told of a trial's text, and the time that it takes ends no row of it.
+        trial = dataclasses.replace(
+            request,
+            max_new_tokens=min(TRIAL_TOKENS, request.max_new_tokens),
+            stopping=StoppingCriteriaList(),
+            streamer=None,
+        )
         narrow = model.config.hidden_size % 32 or model.config.intermediate_size % 32
         candidates = [(name, k) for name, k in CANDIDATES if not (narrow and name == "int4")]
         seconds: dict[tuple[str | None, int], float] = dict.fromkeys([(None, 0), *candidates], float("inf"))

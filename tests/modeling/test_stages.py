@@ -19,7 +19,7 @@ def check(model, cache: StageCache, texts: list[list[int]], tolerance: float = 1
     fresh.advance(0, STAGES - 1, [True] * len(texts))
     assert cache.known == [len(text) for text in texts]
     for row in range(len(texts)):
-        reference, _ = model.boundary_states(torch.tensor([texts[row]]))
+        (_, *reference), _ = model.boundary_states(torch.tensor([texts[row]]))
         for stage in range(STAGES):
             length = cache.lengths[stage][row]
             assert length <= (cache.lengths[stage - 1][row] if stage else cache.known[row])

@@ -28,7 +28,7 @@ def decode(model, request: GenerationRequest, rule: Callable[[list[torch.Tensor]
         text = request.prompt(row).tolist()
         while not _ended(request, row, text[length:]):
             scores = rule([logits[-1] for logits in stage_logits(model, text)])
-            text.append(_pick(request, _processed(request, text, scores), row, len(text) - length, FINAL))
+            text.append(_pick(request, _processed(request, row, text, scores), row, len(text) - length, FINAL))
         rows.append(text[length:])
     return rows
 
@@ -86,19 +86,19 @@ def speculative(
     for row, length in enumerate(request.lengths):
         text = request.prompt(row).tolist()
         first = combine([logits[-1] for logits in stage_logits(model, text)], model.config.poe_alpha)
-        text.append(_pick(request, _processed(request, text, first), row, 0, FINAL))
+        text.append(_pick(request, _processed(request, row, text, first), row, 0, FINAL))
         while not _ended(request, row, text[length:]):
             done = len(text) - length
             k = min(k_draft, request.max_new_tokens - done - adds_token)
             drafts, draft_scores = [], []
             while len(drafts) < k and not (drafts and drafts[-1] in request.eos):
                 scores = stage_logits(model, text + drafts)[draft_stage][-1].log_softmax(dim=-1)
-                draft_scores.append(_processed(request, text + drafts, scores))
+                draft_scores.append(_processed(request, row, text + drafts, scores))
                 drafts.append(_pick(request, draft_scores[-1], row, done + len(drafts), DRAFT))
             pool = combine(stage_logits(model, text + drafts), model.config.poe_alpha)[len(text) - 1 :]
             new = []
             for i, draft in enumerate([*drafts, *[None] * adds_token]):
-                scores = _processed(request, text + drafts[:i], pool[i])
+                scores = _processed(request, row, text + drafts[:i], pool[i])
                 drawn_from = request.choice.probabilities(draft_scores[i]) if draft is not None else None
                 token = _verify(request, scores, draft, drawn_from, row, done + i)
                 new.append(token)
@@ -119,11 +119,11 @@ def speculative(
     }
 
 
-def _processed(request: GenerationRequest, text: list[int], scores: torch.Tensor) -> torch.Tensor:
+def _processed(request: GenerationRequest, row: int, text: list[int], scores: torch.Tensor) -> torch.Tensor:
     """Scores ``[V]`` of the token behind ``text`` after the logits processors."""
     if not request.processors:
         return scores
-    return request.processors(torch.tensor([text], device=scores.device), scores[None].clone())[0]
+    return request.processors[row](torch.tensor([text], device=scores.device), scores[None].clone())[0]
 
 
 def _verify(request: GenerationRequest, pool, draft: int | None, draft_probabilities, row: int, position: int) -> int:
