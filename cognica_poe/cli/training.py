@@ -47,6 +47,7 @@ def run(
         json: Print one JSON document instead of tables.
     """
     from cognica_poe import pipeline
+    from cognica_poe.planning.fit import fit_micro_rows
     from cognica_poe.release.loading import load
     from cognica_poe.serving.generation import generate_samples
 
@@ -54,6 +55,7 @@ def run(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("run is for one process: under torchrun use `train`, then `analyze`, `export` and `publish`")
     check_run(settings)
+    settings = fit_micro_rows(settings, 1, log)
     with hold(out, log=log), TrainingProgress(settings.training.steps) as progress:
         steps = pipeline.run_recipe(settings, out, resume=resume, log=log, progress=progress, init_from=init_from)
     samples = generate_samples(*load(out / "release" / f"step-{steps[-1]}"), SAMPLE_PROMPT)
@@ -94,6 +96,7 @@ def train(
         json: Print one JSON document instead of text.
     """
     from cognica_poe import pipeline
+    from cognica_poe.planning.fit import fit_micro_rows
     from cognica_poe.training.parallel.ranks import join_ranks
     from cognica_poe.training.trainer import Trainer
 
@@ -101,6 +104,7 @@ def train(
     with contextlib.ExitStack() as stack:
         ranks = stack.enter_context(join_ranks())
         resume = resume or ranks.restarts > 0
+        settings = ranks.on_first(lambda: fit_micro_rows(settings, ranks.world, log))
         ranks.on_first(lambda: stack.enter_context(hold(out, log=log)))
         ranks.patiently().on_first(lambda: pipeline.prepare(settings, out, log, resume, init_from))
         rows = pipeline.open_rows(out, settings, log if ranks.is_first else lambda line: None)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from cognica_poe.errors import UserError
-from cognica_poe.planning.cluster import Cluster, check_world, find_gpu
+from cognica_poe.planning.cluster import Cluster, Gpu, check_world, find_gpu
 from cognica_poe.planning.costs import Costs, Figure
 from cognica_poe.recipe.fields import Recipe
 from cognica_poe.training.optim.schedule import Schedule
@@ -60,10 +60,13 @@ class Plan:
 
 
 class Planner:
-    """The formulas, for one recipe on one cluster. Raises UserError for a cluster that cannot run the recipe."""
+    """The formulas, for one recipe on one cluster. Raises UserError for a cluster that cannot run the recipe.
 
-    def __init__(self, recipe: Recipe, cluster: Cluster):
-        self.recipe, self.cluster, self.gpu = recipe, cluster, find_gpu(cluster.gpu)
+    ``gpu``, where given, stands for the device that the cluster names.
+    """
+
+    def __init__(self, recipe: Recipe, cluster: Cluster, gpu: Gpu | None = None):
+        self.recipe, self.cluster, self.gpu = recipe, cluster, gpu or find_gpu(cluster.gpu)
         self.ranks = recipe.training.ranks
         self.N, self.nodes = cluster.gpus, check_world(recipe, cluster)
         self.usable = USABLE * self.gpu.memory_gib * GIB

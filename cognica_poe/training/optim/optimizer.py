@@ -6,7 +6,7 @@ State is keyed by parameter name, so that a checkpoint does not depend on the or
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 import torch
@@ -16,6 +16,9 @@ from cognica_poe.modeling.modeling_cognica_poe import CognicaPoEForCausalLM
 from cognica_poe.recipe.fields import OptimizerRecipe
 from cognica_poe.training.optim.groups import adamw_groups, batch_scale, group_of
 from cognica_poe.training.optim.muon import descend, muon_update, second_moment_shape
+
+SLICE = 8
+"""Matrices that Muon stacks at once on a GPU: enough to fill it, and of a 3B model's largest 0.8 GB per copy."""
 
 
 class Optimizer(Protocol):
@@ -119,7 +122,18 @@ class MuonAdamW:
         """One update of every parameter that has a gradient; arguments as for ``Optimizer``."""
         self._step_adamw(lr_scale, keep)
         for shape, names in self._present_stacks().items():
-            self._step_stack(names, momentum, *self._muon_rates(shape, lr_scale, weight_decay_scale), keep)
+            rates = self._muon_rates(shape, lr_scale, weight_decay_scale)
+            for some in self._slices(names):
+                self._step_stack(some, momentum, *rates, keep)
+
+    def _slices(self, names: list[str]) -> Iterator[list[str]]:
+        """Matrices that are stacked at once: five copies of a stack are held, which on a GPU must fit beside the rest.
+
+        All of them on a processor, which has room, and whose products of a batch may round as the batch is long.
+        """
+        size = SLICE if self.parameters[names[0]].is_cuda else len(names)
+        for start in range(0, len(names), size):
+            yield names[start : start + size]
 
     def _step_adamw(self, lr_scale: float, keep: torch.Tensor | None) -> None:
         for group in self.adamw.param_groups:

@@ -1,6 +1,7 @@
 """Muon + AdamW against a slow reference written from nanochat's definition, and against torch's own optimisers."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -310,3 +311,27 @@ def test_a_step_left_out_leaves_no_trace(changes):
     assert optimizer.state_dict().keys() == other.state_dict().keys()
     for name, value in other.state_dict().items():
         assert torch.equal(value, optimizer.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_matrices_stepped_in_slices_move_as_in_one_stack(monkeypatch, size):
+    """How a GPU, which has no room for five copies of all matrices, steps them."""
+    states = []
+    for cut in (False, True):
+        model = make_model()
+        optimizer = MuonAdamW(model, OptimizerRecipe(), TOKENS)
+        if cut:
+            monkeypatch.setattr(optimizer, "_slices", lambda names: filter(None, (names[:size], names[size:])))
+        train(model, optimizer, range(2))
+        states.append({**model.state_dict(), **optimizer.state_dict()})
+    assert states[0].keys() == states[1].keys()
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, rtol=0, atol=1e-12)
+
+
+def test_a_processor_steps_one_stack_and_a_gpu_slices():
+    optimizer, names = MuonAdamW(make_model(), OptimizerRecipe(), TOKENS), [f"matrix{i}" for i in range(20)]
+    optimizer.parameters = {"matrix0": SimpleNamespace(is_cuda=False)}
+    assert list(optimizer._slices(names)) == [names]
+    optimizer.parameters = {"matrix0": SimpleNamespace(is_cuda=True)}
+    assert list(optimizer._slices(names)) == [names[:8], names[8:16], names[16:]]
