@@ -45,9 +45,10 @@ class StopRequests:
         """The run was saved and ends: the file is removed, and torchrun told not to start the ranks again."""
         if self.ranks.is_first:
             self.file.unlink(missing_ok=True)
-        by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK") == "0"
-        if by_torchrun and arrived() is None:  # it takes an exit code of its ranks for a fault, its own signal not
-            os.kill(os.getppid(), signal.SIGTERM)
+        if "TORCHELASTIC_RUN_ID" in os.environ and arrived() is None:
+            hear_of(signal.SIGTERM)  # which torchrun will send
+            if os.environ.get("LOCAL_RANK") == "0":  # an exit code of a rank is a fault to it, its own signal is not
+                os.kill(os.getppid(), signal.SIGTERM)
 
     def heed(self, steps: Callable[[], list[int]]) -> contextlib.AbstractContextManager[None]:
         """Within this signals interrupt nothing and are told by ``asked``. ``steps`` gives those that were saved."""
