@@ -24,13 +24,13 @@ from cognica_poe.locks import require_settled
 from cognica_poe.recipe.fields import Recipe
 from cognica_poe.recipe.rules import Change, changes, check_run
 from cognica_poe.recipe.stored import load_run_recipe, save_recipe
-from cognica_poe.seals import read_sealed, write_sealed
+from cognica_poe.seals import read_sealed, require_made_from, write_sealed
 from cognica_poe.training.build import build_model
 from cognica_poe.training.checkpoint import CheckpointFolder
 from cognica_poe.training.initial import FOLDER as INITIAL
 from cognica_poe.training.initial import Source, open_source, read_origin
 from cognica_poe.training.journal import Journal
-from cognica_poe.training.lineage import require_data, require_made_from, require_parts, require_tokenizer
+from cognica_poe.training.lineage import require_data, require_parts, require_tokenizer
 from cognica_poe.training.precision import default_device
 
 Log = Callable[[str], None]

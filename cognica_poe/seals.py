@@ -79,6 +79,14 @@ def require_sha256(file: Path, expected: str, what: str, remedy: str) -> None:
         raise UserError(f"{what} {file} is corrupt: its sha256 is {found[:12]}, expected {expected[:12]}; {remedy}")
 
 
+def require_made_from(found: Mapping[str, str], expected: Mapping[str, str], what: Path, remedy: str) -> None:
+    """Raise UserError, naming the part and both digests, unless ``what`` was made from what is ``expected``."""
+    for part, digest in expected.items():
+        if (made := found.get(part)) != digest:
+            known = f"{part} {made[:12]}" if made else f"no {part}"
+            raise UserError(f"{what} was made from {known}, this run has {part} {digest[:12]}: {remedy}")
+
+
 def sealed_line(record: Mapping[str, Any]) -> str:
     """A line of a ``.jsonl`` file, without the line break: the record with the CRC-32 of its text as the last key."""
     text = json.dumps(dict(record))

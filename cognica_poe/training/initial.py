@@ -30,7 +30,8 @@ from cognica_poe.files import (
 from cognica_poe.modeling.configuration_cognica_poe import CognicaPoEConfig
 from cognica_poe.modeling.modeling_cognica_poe import CognicaPoEForCausalLM
 from cognica_poe.recipe.fields import ModelRecipe, Recipe
-from cognica_poe.recipe.stored import load_recipe
+from cognica_poe.recipe.stored import fixed_sha256, load_run_recipe
+from cognica_poe.seals import require_made_from, require_sha256
 from cognica_poe.training.checkpoint import Pieces
 
 FOLDER = "initial"
@@ -79,10 +80,11 @@ def open_source(path: Path, recipe: Recipe) -> Source:
         about = read_json(path / "release.json", "release description")
         config, tokenizer, name = read_json(path / "config.json", "model configuration"), path, about["name"]
     elif (path / "state.json").is_file() and (path.parent.parent / "recipe.json").is_file():
-        verify_manifest(path)
-        run = path.resolve().parent.parent
-        about, trained = read_json(path / "state.json", "checkpoint state"), load_recipe(run / "recipe.json")
+        made_from, run = verify_manifest(path).made_from, path.resolve().parent.parent
+        about, trained = read_json(path / "state.json", "checkpoint state"), load_run_recipe(run / "recipe.json")
         config, tokenizer, name = dataclasses.asdict(trained.model), run / "tokenizer", trained.name
+        parts = {"recipe": fixed_sha256(trained), "tokenizer": load_tokenizer(tokenizer).sha256}
+        require_made_from(made_from, parts, path, "restore what was changed in its run, or use another step")
     else:
         raise UserError(
             f"--init-from {path} is neither a release folder nor a checkpoint folder RUN/checkpoints/step-N"
@@ -129,10 +131,13 @@ def _weights_sha256(path: Path) -> str:
 
 
 def read_origin(run: Path) -> Origin | None:
-    """Where the weights of ``run`` come from; None when it started from none."""
+    """Where the weights of ``run`` come from; None when it started from none. Raises UserError for a damaged file."""
     file = Path(run) / FOLDER / "origin.json"
     if not file.is_file():
         return None
+    remedy = "restore it, or start again in another --out"
+    listed = Manifest.read(file.parent, remedy).digests
+    require_sha256(file, listed.get(file.name, "of no listed file"), "origin of the weights", remedy)
     try:
         return Origin(**read_json(file, "origin of the weights"))
     except TypeError as error:

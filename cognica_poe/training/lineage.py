@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from cognica_poe.data.build import mix_name
@@ -11,6 +10,7 @@ from cognica_poe.data.tokenizer import Tokenizer, load_tokenizer
 from cognica_poe.errors import UserError
 from cognica_poe.recipe.fields import Recipe
 from cognica_poe.recipe.stored import fixed_sha256
+from cognica_poe.seals import require_made_from
 from cognica_poe.training.initial import read_origin
 
 Parts = dict[str, str]
@@ -56,16 +56,8 @@ def require_tokenizer(run: Path, recipe: Recipe, data: DataManifest | None = Non
     if tokenizer.vocab_size != vocabulary:
         found = tokenizer.vocab_size
         raise UserError(f"{folder} has {found} ids, the recipe's model.vocab-size is {vocabulary}: {again}")
-    if data is not None and "weights" not in tokenizer.made_from:  # taken over together with them
+    if data is not None:
         origin = read_origin(run)  # whose tokenizer came with its weights
         made_from = {"weights": origin.sha256} if origin else {"data": data.sha256}
         require_made_from(tokenizer.made_from, made_from, folder, again)
     return tokenizer
-
-
-def require_made_from(found: Mapping[str, str], expected: Mapping[str, str], what: Path, remedy: str) -> None:
-    """Raise UserError, naming the part and both digests, unless ``what`` was made from what is ``expected``."""
-    for part, digest in expected.items():
-        if (made := found.get(part)) != digest:
-            known = f"{part} {made[:12]}" if made else f"no {part}"
-            raise UserError(f"{what} was made from {known}, this run has {part} {digest[:12]}: {remedy}")

@@ -21,6 +21,7 @@ from cognica_poe.data.rows.reader import Rows
 from cognica_poe.errors import TrainingStopped, UserError
 from cognica_poe.interrupts import Interrupted, interruptible
 from cognica_poe.recipe.fields import Recipe
+from cognica_poe.seals import require_made_from
 from cognica_poe.training.backlog import Backlog, LaunchedStep, Progress
 from cognica_poe.training.build import build_model, build_objective_and_optimizer, rows_of_a_rank, works_by_stages
 from cognica_poe.training.checkpoint import Checkpoint, CheckpointFolder
@@ -28,7 +29,7 @@ from cognica_poe.training.compilation import bounded_compilation, compile_blocks
 from cognica_poe.training.guard import Decision, SpikePolicy, StepGuard
 from cognica_poe.training.initial import initial_weights
 from cognica_poe.training.journal import Journal
-from cognica_poe.training.lineage import parts_of, require_made_from
+from cognica_poe.training.lineage import parts_of
 from cognica_poe.training.memory import copy_to_device, copy_to_host, keep_freed_memory
 from cognica_poe.training.optim.schedule import Schedule
 from cognica_poe.training.parallel.ranks import Ranks

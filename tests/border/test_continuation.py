@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from cognica_poe import pipeline
 from cognica_poe.cli.main import main
 from cognica_poe.errors import UserError
-from cognica_poe.files import MANIFEST, write_manifest
+from cognica_poe.files import MANIFEST, Manifest, write_manifest
 from cognica_poe.recipe.named import RECIPES
 from cognica_poe.recipe.stored import save_recipe
 from cognica_poe.training.initial import initial_weights, read_origin
@@ -165,14 +165,14 @@ def another_tensor(place):
     weights = load_file(place / "model.safetensors")
     weights["lm_head.weight"] = weights["lm_head.weight"][:, :-1].contiguous()
     save_file(weights, place / "model.safetensors")
-    write_manifest(place, "checkpoint")
+    write_manifest(place, "checkpoint", Manifest.parse((place / MANIFEST).read_bytes(), place).made_from)
 
 
 def not_finite(place):
     weights = load_file(place / "model.safetensors")
     weights["lm_head.weight"][0, 0] = float("nan")
     save_file(weights, place / "model.safetensors")
-    write_manifest(place, "checkpoint")
+    write_manifest(place, "checkpoint", Manifest.parse((place / MANIFEST).read_bytes(), place).made_from)
 
 
 def flipped(place):

@@ -136,7 +136,7 @@ class Lab:
 
     def copy(self):
         self.count += 1
-        folder = self.folder / str(self.count)
+        folder = self.folder / f"{self.count:05}"  # of one length, for tables of one width
         shutil.copytree(self.run.parent, folder, symlinks=True)
         return folder / "run"
 
@@ -147,8 +147,7 @@ class Lab:
         shown, said = capsys.readouterr()
         if "generate" in command and code == 0:
             shown = json.loads(shown)["text"]
-        for path, name in ((out, "OUT"), (run, "RUN")):
-            shown = shown.replace(str(path), name)
+        shown = re.sub(rf"{self.folder}/\d+", "HERE", shown)
         left = LEFT[command](run, out) if code == 0 and command in LEFT else None
         return Outcome(code, shown, left, said)
 
