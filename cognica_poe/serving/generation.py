@@ -34,8 +34,10 @@ def generate(model: Any, tokenizer: Any, prompt: str, options: GenerationOptions
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
     common: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "streamer": streamer}
     if options.temperature > 0:
-        common |= {"do_sample": True, "temperature": options.temperature, "seed": options.seed}
-        common |= {name: value for name in ("top_k", "top_p") if (value := getattr(options, name)) is not None}
+        common |= {"do_sample": True, "temperature": options.temperature, "seed": options.seed or 0}
+        # As transformers' generate(): among the 50 likeliest tokens, unless told otherwise.
+        common |= {"top_k": 50 if options.top_k is None else options.top_k or None}
+        common |= {} if options.top_p is None else {"top_p": options.top_p}
     extra: dict[str, Any] = {}
     began = time.perf_counter()
     try:
@@ -65,18 +67,20 @@ def _run(model: Any, ids: torch.Tensor, options: GenerationOptions, common: dict
         case "full":
             return model.generate_prefix(ids, **common), {}
         case "prefix":
-            return model.generate_prefix(ids, max_stages=options.stages, **common), {}
+            return model.generate_prefix(ids, max_stages=1 if options.stages is None else options.stages, **common), {}
         case "stage":
-            return model.generate_stage(ids, options.stage, **common), {}
+            return model.generate_stage(ids, options.stage or 0, **common), {}
         case "wand":
-            out, used = model.generate_wand(ids, safety=options.safety, return_stages_used=True, **common)
+            safety = 1.0 if options.safety is None else options.safety
+            out, used = model.generate_wand(ids, safety=safety, return_stages_used=True, **common)
             return out, {"mean_stages_used": used[used > 0].double().mean().item()}
         case "speculative":
-            drafting = {"draft_stage": options.stage, "k_draft": options.k_draft, "drafter": options.drafter}
+            drafting: dict[str, Any] = {"draft_stage": options.stage or 0, "drafter": options.drafter or "stage"}
+            drafting["k_draft"] = 4 if options.k_draft is None else options.k_draft
             out, facts = model.generate_speculative(ids, return_acceptance=True, **drafting, **common)
             return out, {name: facts[name] for name in ("acceptance", "proposed", "accepted")}
         case "parallel":
-            return model.generate_parallel_composition(ids, list(options.stage_list), **common), {}
+            return model.generate_parallel_composition(ids, list(options.stage_list or (0,)), **common), {}
         case mode:
             raise UserError(f"unknown mode {mode!r}; choose one of {', '.join(get_args(Mode))}")
 
@@ -85,6 +89,7 @@ def _plain(model: Any, ids: torch.Tensor, common: dict) -> torch.Tensor:
     """Backprop arms answer through transformers' own ``generate``."""
     options = dict(common)
     seed = options.pop("seed", None)
+    options |= {"top_k": options["top_k"] or 0} if "top_k" in options else {}  # transformers' way to say all tokens
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)

@@ -5,41 +5,63 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from cognica_poe.errors import UserError
 from cognica_poe.recipe.fields import LONGEST_CONTEXT, setting
 
 Mode = Literal["full", "prefix", "stage", "wand", "speculative", "parallel"]
 Drafter = Literal["stage", "int8", "int4", "lookup", "auto"]
 
+READS: dict[str, tuple[str, ...]] = {
+    "full": (),
+    "prefix": ("stages",),
+    "stage": ("stage",),
+    "wand": ("safety",),
+    "speculative": ("stage", "k_draft", "drafter"),
+    "parallel": ("stage_list",),
+}
+"""Options that a mode reads beside those that all read; the options of other modes are refused."""
+
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """How to generate."""
+    """How to generate; what is None is not given."""
 
     mode: Mode = "full"
     """full: pool of all stages; prefix: pool of the first --stages; stage: one head alone; wand: exit early where the
     top token cannot change; speculative: stage --stage drafts, the pool verifies; parallel: pool of chosen stages."""
     max_new_tokens: int = setting(64, low=1, high=LONGEST_CONTEXT)
     """Tokens to generate."""
-    stages: int = setting(1, low=1, high=1024)
-    """prefix: how many stages."""
-    stage: int = setting(0, high=1023)
-    """stage, speculative: which stage speaks or drafts, counted from 0."""
-    stage_list: tuple[int, ...] = setting((0,), high=1023)
-    """parallel: the stages to compose."""
-    safety: float = setting(1.0, high=1_000_000)
-    """wand: factor on the calibrated bounds."""
-    k_draft: int = setting(4, low=1, high=1024)
-    """speculative: drafted tokens per round."""
-    drafter: Drafter = "stage"
-    """speculative: who drafts: the first stages, quantised copies of them, looked-up n-grams, or what measures best."""
+    stages: int | None = setting(None, low=1, high=1024)
+    """prefix: how many stages; 1 when omitted."""
+    stage: int | None = setting(None, high=1023)
+    """stage, speculative: which stage speaks or drafts, counted from 0; the first when omitted."""
+    stage_list: tuple[int, ...] | None = setting(None, high=1023)
+    """parallel: the stages to compose; the first alone when omitted."""
+    safety: float | None = setting(None, high=1_000_000)
+    """wand: factor on the calibrated bounds; 1 when omitted."""
+    k_draft: int | None = setting(None, low=1, high=1024)
+    """speculative: drafted tokens per round; 4 when omitted."""
+    drafter: Drafter | None = None
+    """speculative: who drafts: the first stages (when omitted), quantised copies of them, looked-up n-grams, or what
+    measures best."""
     temperature: float = setting(0.0, high=1000)
     """0 is greedy; above, tokens are sampled."""
-    top_k: int | None = setting(None, low=1)
-    """Sample among this many likeliest tokens."""
+    top_k: int | None = setting(None)
+    """Sample among this many likeliest tokens; 50 when omitted, all when 0."""
     top_p: float | None = setting(None, above=True, high=1)
     """Sample among the likeliest tokens of this total probability."""
-    seed: int = 0
-    """Seed of the sampling."""
+    seed: int | None = None
+    """Seed of the sampling; 0 when omitted."""
+
+    def __post_init__(self) -> None:
+        """Raise UserError for an option that would do nothing."""
+        require_read("generate", self.mode, self)
+        for name in ("top_k", "top_p", "seed"):
+            if getattr(self, name) is not None and self.temperature == 0:
+                raise UserError(
+                    f"generate: {_flag(name)} does nothing at --temperature 0, which is greedy: leave it out, or "
+                    "give a temperature above 0"
+                )
 
 
 @dataclass(frozen=True)
@@ -48,14 +70,14 @@ class ServerOptions:
 
     mode: Literal["full", "prefix", "stage", "wand", "speculative"] | None = None
     """Mode that answers; what the release's generation config says when omitted."""
-    stages: int = setting(1, low=1, high=1024)
-    """For mode prefix: how many stages."""
-    stage: int = setting(0, high=1023)
-    """For modes stage and speculative: which stage speaks or drafts, counted from 0."""
-    drafter: Drafter = "auto"
-    """For mode speculative: who drafts."""
-    k_draft: int = setting(7, low=1, high=1024)
-    """For mode speculative: drafts per round."""
+    stages: int | None = setting(None, low=1, high=1024)
+    """For mode prefix: how many stages; 1 when omitted."""
+    stage: int | None = setting(None, high=1023)
+    """For modes stage and speculative: which stage speaks or drafts, counted from 0; the first when omitted."""
+    drafter: Drafter | None = None
+    """For mode speculative: who drafts; what measures best when omitted."""
+    k_draft: int | None = setting(None, low=1, high=1024)
+    """For mode speculative: drafts per round; 7 when omitted."""
     host: str = "localhost"
     """Address to listen at."""
     port: int = setting(8000, low=1, high=65_535)
@@ -64,3 +86,20 @@ class ServerOptions:
     """Where the model runs, such as cuda:0."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of the weights; that of the release when auto."""
+
+    def __post_init__(self) -> None:
+        """Raise UserError for an option that would do nothing."""
+        require_read("serve", self.mode, self)
+
+
+def require_read(command: str, mode: str | None, options: object) -> None:
+    """Raise UserError for the first option of another mode that is given; no mode is that of the release."""
+    for name in sorted({name for names in READS.values() for name in names}):
+        if getattr(options, name, None) is not None and name not in READS.get(mode or "", ()):
+            readers = " or ".join(f"--mode {other}" for other, names in READS.items() if name in names)
+            where = f"with --mode {mode}" if mode else "without --mode"
+            raise UserError(f"{command}: {_flag(name)} does nothing {where}: leave it out, or give {readers}")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

@@ -22,7 +22,7 @@ def serve(checkpoint: Path, options: ServerOptions, log: Callable[[str], None]) 
     check_release(checkpoint)
     if missing := [name for name in ("fastapi", "uvicorn", "openai") if importlib.util.find_spec(name) is None]:
         raise UserError(f"serve needs {', '.join(missing)}: pip install 'cognica-poe[serve]'")
-    if options.k_draft < 1:
+    if options.k_draft is not None and options.k_draft < 1:
         raise UserError(f"serve: --k-draft is {options.k_draft}; it must be at least 1")
     from transformers.cli.serve import Serve
 
@@ -42,9 +42,13 @@ def generation_defaults(options: ServerOptions) -> dict[str, Any]:
     if options.mode is None:
         return {}
     known: dict[str, dict[str, Any]] = {
-        "prefix": {"max_stages": options.stages},
-        "stage": {"stage": options.stage},
-        "speculative": {"draft_stage": options.stage, "drafter": options.drafter, "k_draft": options.k_draft},
+        "prefix": {"max_stages": 1 if options.stages is None else options.stages},
+        "stage": {"stage": options.stage or 0},
+        "speculative": {
+            "draft_stage": options.stage or 0,
+            "drafter": options.drafter or "auto",
+            "k_draft": 7 if options.k_draft is None else options.k_draft,
+        },
     }
     return {"poe_mode": options.mode, "poe_options": known.get(options.mode, {})}
 

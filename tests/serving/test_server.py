@@ -88,8 +88,8 @@ def test_answers_are_those_of_the_mode(start, folder):
 
 
 def test_a_mode_brings_its_own_options_and_no_others():
-    assert generation_defaults(ServerOptions(stage=2)) == {}
-    assert generation_defaults(ServerOptions("wand", stage=2)) == {"poe_mode": "wand", "poe_options": {}}
+    assert generation_defaults(ServerOptions()) == {}
+    assert generation_defaults(ServerOptions("wand")) == {"poe_mode": "wand", "poe_options": {}}
     assert generation_defaults(ServerOptions("prefix", stages=2))["poe_options"] == {"max_stages": 2}
     options = generation_defaults(ServerOptions("speculative", stage=1, drafter="int8", k_draft=3))["poe_options"]
     assert options == {"draft_stage": 1, "drafter": "int8", "k_draft": 3}
@@ -105,7 +105,7 @@ def test_mistakes(tmp_path, folder, monkeypatch):
         serve(folder, ServerOptions(), print)
     weights.write_bytes(sound)
     with pytest.raises(UserError, match="--k-draft is 0"):
-        serve(folder, ServerOptions(k_draft=0), print)
+        serve(folder, ServerOptions("speculative", k_draft=0), print)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'cognica-poe\[serve\]'"):
         serve(folder, ServerOptions(), print)
