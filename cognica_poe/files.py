@@ -155,6 +155,7 @@ def atomic_folder(
                 write_manifest(partial, kind, made_from)
             for file in sorted(partial.rglob("*")):
                 if not file.is_symlink():  # whoever links to a file has written it
+                    file.chmod(0o755 if file.is_dir() else 0o644)  # some writers leave it readable by the owner alone
                     _fsync(file)
             _fsync(partial)
             partial.chmod(0o755)

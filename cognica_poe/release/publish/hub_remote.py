@@ -1,33 +1,44 @@
 """The Hugging Face Hub as a place to publish to.
 
-A step goes to a staging branch first; its checksums are compared there, and only then does ``step-N`` come into being
-at that very commit, with a tag beside it. Every call can be repeated: a run that stopped anywhere is finished by the
-next.
+A new step goes to a staging branch first; its checksums are compared there, and only then does ``step-N`` come into
+being at that very commit, with a tag beside it. A branch that is there gets a commit on top, in which files that we did
+not write stay. Every call can be repeated: a run that stopped anywhere is finished by the next.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cognica_poe.errors import UserError
+from cognica_poe.files import MANIFEST
 from cognica_poe.leftovers import scratch_folder
-from cognica_poe.release.publish.tree import Tree, source_git_sha1, source_sha256
+from cognica_poe.release.publish.ownership import Change, change_of, require_ours
+from cognica_poe.release.publish.tree import Tree, has_mark, source_git_sha1, source_sha256, written_by_us
 
 if TYPE_CHECKING:
     from huggingface_hub import RepoFile
 
+_STAGING = "cognica-poe-staging-"
 _KEPT = {".gitattributes"}  # the Hub's own
+
+
+class _Refs(NamedTuple):
+    """Commit by name."""
+
+    branches: dict[str, str]
+    tags: dict[str, str]
 
 
 class HubRepo:
     """One model repository on the Hub (``HF_ENDPOINT``, if set, names another one). The token comes from ``HF_TOKEN``
     and goes nowhere but into the requests."""
 
-    def __init__(self, repo_id: str) -> None:
+    def __init__(self, repo_id: str, *, replace: bool = False, log: Callable[[str], None] = lambda line: None) -> None:
+        """``replace``: files that we did not write may be replaced; each is named in ``log``."""
         from huggingface_hub import HfApi
 
         token = os.environ.get("HF_TOKEN")
@@ -35,6 +46,7 @@ class HubRepo:
             raise UserError(f"no Hugging Face token: set HF_TOKEN to one that may write to {repo_id}")
         self.repo_id = repo_id
         self.where = repo_id
+        self._replace, self._log = replace, log
         self._api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=token)
 
     @contextlib.contextmanager
@@ -44,7 +56,7 @@ class HubRepo:
             self._api.create_repo(self.repo_id, exist_ok=True)
         yield
 
-    def refs(self) -> dict[str, str]:
+    def refs(self, rewritten: Collection[str] = ()) -> dict[str, str]:
         """``{branch: commit}``."""
         with self._errors("list the revisions of"):
             return {ref.name: ref.target_commit for ref in self._api.list_repo_refs(self.repo_id).branches}
@@ -56,72 +68,118 @@ class HubRepo:
             with open(path, "rb") as file:
                 return file.read()
 
+    def is_ours(self, commit: str) -> bool:
+        """Whether the revision carries a manifest of ours, damaged or not."""
+        return MANIFEST in self._files(commit) and has_mark(self.read(commit, MANIFEST))
+
+    def check(self, ref: str, tree: Tree) -> None:
+        """Raise UserError when ``ref`` holds files that ``tree`` may not replace, or its tag is somebody else's."""
+        found = self._refs()
+        if head := found.branches.get(ref):
+            require_ours(self._change(head, tree), self._replace, f"{ref} of {self.repo_id}")
+        if ref != "main":
+            if ref in found.tags:
+                raise UserError(f"{self.repo_id} has a tag {ref}, which the branch of that name would hide: delete it")
+            self._require_own_tag(f"release-{ref}", found.tags.get(f"release-{ref}"))
+
     def holds(self, commit: str, tree: Tree) -> bool:
-        """Whether the revision is ``tree``, by the Hub's own checksums."""
-        return self._difference(commit, tree) == ([], [])
+        """Whether the revision holds ``tree``, by the Hub's own checksums, and nothing else that we wrote."""
+        return not self._change(commit, tree)
 
     def put(self, ref: str, tree: Tree) -> str:
-        """Upload ``tree``, compare checksums, then make branch ``ref`` (and its tag). Returns the commit."""
-        refs = self.refs()
-        if ref == "main":
-            return self._commit("main", refs.get("main"), tree)
-        staging = f"staging-{ref}"
-        if staging not in refs:
-            with self._errors(f"make the branch {staging} in"):
-                self._api.create_branch(self.repo_id, branch=staging, exist_ok=True)
-            refs = self.refs()
-        commit = self._commit(staging, refs[staging], tree)
-        if refs.get(ref, commit) != commit:  # replacing: a branch cannot be moved, only made anew
-            with self._errors(f"replace {ref} in"):
-                self._api.delete_branch(self.repo_id, branch=ref)
-        with self._errors(f"make the branch {ref} in"):
-            self._api.create_branch(self.repo_id, branch=ref, revision=commit, exist_ok=True)
-        self.finish(ref, commit)
+        """Upload ``tree``, compare checksums, then make branch ``ref`` (and its tag). Returns the commit.
+
+        Raises UserError as ``check``.
+        """
+        refs, staging = self.refs(), f"{_STAGING}{ref}"
+        if ref in refs or ref == "main":
+            commit = self._commit(ref, refs.get(ref), tree)
+        else:
+            if staging not in refs:
+                with self._errors(f"make the branch {staging} in"):
+                    self._api.create_branch(self.repo_id, branch=staging, exist_ok=True)
+                refs = self.refs()
+            commit = self._commit(staging, refs[staging], tree, alone=True)
+            with self._errors(f"make the branch {ref} in"):
+                self._api.create_branch(self.repo_id, branch=ref, revision=commit, exist_ok=True)
+        if ref != "main":
+            self.finish(ref, commit)
         return commit
 
     def finish(self, ref: str, commit: str) -> None:
         """Tag the commit and drop the staging branch, whichever of the two is still to be done."""
-        tag, staging = f"release-{ref}", f"staging-{ref}"
+        tag, staging = f"release-{ref}", f"{_STAGING}{ref}"
+        found = self._refs()
+        self._require_own_tag(tag, found.tags.get(tag, commit))
         with self._errors(f"tag {ref} in"):
-            found = self._api.list_repo_refs(self.repo_id)
-            tags = {item.name: item.target_commit for item in found.tags}
-            if tags.get(tag, commit) != commit:
+            if found.tags.get(tag, commit) != commit:
                 self._api.delete_tag(self.repo_id, tag=tag)
-            if tags.get(tag) != commit:
+            if found.tags.get(tag) != commit:
                 self._api.create_tag(self.repo_id, tag=tag, revision=commit, exist_ok=True)
-            if staging in {item.name for item in found.branches}:
+            if staging in found.branches:
                 self._api.delete_branch(self.repo_id, branch=staging)
 
-    def _commit(self, branch: str, head: str | None, tree: Tree) -> str:
-        """One commit that makes ``branch`` hold exactly ``tree``; none where it does. Checked at the new commit."""
+    def _refs(self) -> _Refs:
+        with self._errors("list the revisions of"):
+            found = self._api.list_repo_refs(self.repo_id)
+        branches, tags = ({ref.name: ref.target_commit for ref in refs} for refs in (found.branches, found.tags))
+        return _Refs(branches, tags)
+
+    def _require_own_tag(self, tag: str, commit: str | None) -> None:
+        """Raise UserError unless the tag is free, at a release of ours, or may be replaced."""
+        if commit is None or self._replace or self._written(commit, self._files(commit)):
+            return
+        raise UserError(f"the tag {tag} of {self.repo_id} is not at a release: delete it, or move it with --replace")
+
+    def _commit(self, branch: str, head: str | None, tree: Tree, *, alone: bool = False) -> str:
+        """One commit after which ``branch`` holds ``tree``; none where it does. Checked at the new commit.
+
+        What else the branch holds stays; with ``alone``, it is our own new branch and holds nothing else.
+        """
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-        changed, extra = self._difference(head, tree) if head else (sorted(tree), [])
-        if head and not changed and not extra:
+        change = self._change(head, tree, alone=alone) if head else Change(sorted(tree), [], [])
+        if head and not change:
             return head
-        operations: list[Any] = [CommitOperationAdd(name, _payload(tree[name])) for name in changed]
-        operations += [CommitOperationDelete(name) for name in extra]
+        if said := require_ours(change, self._replace, f"{branch} of {self.repo_id}"):
+            self._log(said)
+        operations: list[Any] = [CommitOperationDelete(name) for name in change.remove]
+        operations += [CommitOperationAdd(name, _payload(tree[name])) for name in change.put]
         with self._errors(f"upload to {branch} of"):
             made = self._api.create_commit(
                 self.repo_id, operations, commit_message=f"Release {branch}", revision=branch, parent_commit=head
             )
-        changed, extra = self._difference(made.oid, tree)
-        if changed or extra:
+        if wrong := self._change(made.oid, tree, alone=alone):
             raise UserError(
-                f"{(changed + extra)[0]} arrived at {self.repo_id} ({branch}, {made.oid[:12]}) with another checksum: "
-                "publish again"
+                f"{(wrong.put + wrong.remove)[0]} arrived at {self.repo_id} ({branch}, {made.oid[:12]}) with another "
+                "checksum: publish again"
             )
         return made.oid
 
-    def _difference(self, commit: str, tree: Tree) -> tuple[list[str], list[str]]:
-        """Names in ``tree`` that the revision lacks or holds otherwise, and names it should not have."""
+    def _files(self, commit: str) -> dict[str, RepoFile]:
         from huggingface_hub import RepoFile
 
         with self._errors(f"list the files of {commit[:12]} in"):
             entries = list(self._api.list_repo_tree(self.repo_id, recursive=True, revision=commit))
-        files = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
-        changed = [name for name in sorted(tree) if name not in files or not _same(tree[name], files[name])]
-        return changed, sorted(set(files) - set(tree) - _KEPT)
+        return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+
+    def _written(self, commit: str, files: Mapping[str, RepoFile]) -> dict[str, str]:
+        return written_by_us(self.read(commit, MANIFEST)) if MANIFEST in files else {}
+
+    def _change(self, commit: str, tree: Tree, *, alone: bool = False) -> Change:
+        files = self._files(commit)
+        if alone:
+            held = files.keys() - _KEPT
+            return change_of(tree, held, same=lambda name: _same(tree[name], files[name]), ours=lambda name: True)
+        written = self._written(commit, files)
+
+        def ours(name: str) -> bool:
+            if name not in written:
+                return False
+            lfs = files[name].lfs
+            return written[name] == (lfs.sha256 if lfs else source_sha256(self.read(commit, name)))
+
+        return change_of(tree, files, same=lambda name: _same(tree[name], files[name]), ours=ours)
 
     @contextlib.contextmanager
     def _errors(self, doing: str) -> Iterator[None]:

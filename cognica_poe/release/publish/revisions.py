@@ -8,7 +8,6 @@ the same in all of them, and a run that stopped anywhere is finished by repeatin
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -16,14 +15,24 @@ from pathlib import Path
 from typing import Protocol
 
 from cognica_poe.errors import UserError
-from cognica_poe.files import MANIFEST, Manifest, safe_name
+from cognica_poe.files import MANIFEST, Manifest, parse_json, safe_name
 from cognica_poe.leftovers import scratch_folder
 from cognica_poe.recipe.rules import REPO_ID
 from cognica_poe.release.export import Release, check_release
 from cognica_poe.release.publish.clean_load import logits_in_clean_process
 from cognica_poe.release.publish.hub_folder import HubFolder
 from cognica_poe.release.publish.hub_remote import HubRepo
-from cognica_poe.release.publish.tree import DamagedRevision, Published, Tree, code_of, main_tree, tree_of
+from cognica_poe.release.publish.tree import (
+    DamagedRevision,
+    Published,
+    Tree,
+    code_of,
+    main_outline,
+    main_tree,
+    source_sha256,
+    trajectory_line,
+    tree_of,
+)
 
 _STEP = re.compile(r"step-(0|[1-9][0-9]{0,17})")
 
@@ -38,17 +47,23 @@ class Hub(Protocol):
     def open(self) -> contextlib.AbstractContextManager[None]:
         """Make the place if it is not there; within the block it is this process' own, where that can be."""
 
-    def refs(self) -> dict[str, str]:
-        """``{name of a revision: commit}``."""
+    def refs(self, rewritten: Collection[str] = ()) -> dict[str, str]:
+        """``{name of a revision: commit}``; those to be ``rewritten`` may be missing where they are damaged."""
 
     def read(self, commit: str, name: str) -> bytes:
         """One file of a revision."""
 
+    def is_ours(self, commit: str) -> bool:
+        """Whether the revision carries a manifest of ours, damaged or not."""
+
+    def check(self, ref: str, tree: Tree) -> None:
+        """Raise UserError, before anything is written, when ``ref`` holds files that ``tree`` may not replace."""
+
     def holds(self, commit: str, tree: Tree) -> bool:
-        """Whether the revision is ``tree``, undamaged."""
+        """Whether the revision holds ``tree``, undamaged, and nothing else that we wrote."""
 
     def put(self, ref: str, tree: Tree) -> str:
-        """Store ``tree``, check it, then point ``ref`` at it; returns the commit."""
+        """Store ``tree`` beside what others wrote, check it, then point ``ref`` at it; returns the commit."""
 
     def finish(self, ref: str, commit: str) -> None:
         """What is left to do once ``ref`` names ``commit``; can be repeated."""
@@ -77,14 +92,25 @@ def publish(
 ) -> Publication:
     """Publish release folders to ``dest``: ``file:FOLDER`` (with ``repo_id``) or ``org/name`` on the Hub.
 
-    ``replace`` allows a step to get other content than it was published with. ``clean_load`` (folder only) loads the
-    latest revision in a clean offline process at the end. Raises UserError for a faulty release, equal weights in two
-    steps, code that differs between steps, a step that exists with other content, no token, no network.
+    What others wrote stays. ``replace`` allows a step to get other content than it was published with, and files in the
+    way that we did not write, or that were changed since, to be replaced; each is named. ``clean_load`` (folder only)
+    loads the latest revision in a clean offline process at the end. Raises UserError for a faulty release, equal
+    weights in two steps, code that differs between steps, a step that exists with other content, a file in the way,
+    one that may not be read, no token, no network.
     """
+    hub = open_hub(dest, repo_id, replace=replace, log=log)
+    try:
+        return _publish_checked(release_dirs, hub, replace, clean_load, log)
+    except PermissionError as error:
+        raise UserError(f"{error.filename} may not be read: change its permissions") from error
+
+
+def _publish_checked(
+    release_dirs: Sequence[Path], hub: Hub, replace: bool, clean_load: bool, log: Callable[[str], None]
+) -> Publication:
     checked = sorted((check_release(Path(path)) for path in release_dirs), key=lambda release: release.step)
     if not checked:
         raise UserError("nothing to publish: pass at least one release folder")
-    hub = open_hub(dest, repo_id)
     releases: dict[int, Release] = {}
     for release in checked:
         if release.step in releases:
@@ -97,9 +123,14 @@ def publish(
 def _publish(
     hub: Hub, releases: dict[int, Release], replace: bool, clean_load: bool, log: Callable[[str], None]
 ) -> Publication:
-    before = _published(hub, hub.refs(), set(releases), log)
+    rewritten = {"main", *(f"step-{step}" for step in releases)}
+    before = _published(hub, hub.refs(rewritten), set(releases), log)
     pending = _pending(hub, releases, before, replace)
     _check_uniqueness(releases, before)
+    for step in sorted(pending):
+        hub.check(f"step-{step}", tree_of(releases[step].path))
+    latest = max({**releases, **before})
+    hub.check("main", main_outline(tree_of(releases[latest].path) if latest in releases else before[latest].outline))
     for step, release in releases.items():
         name = f"step-{step}"
         if step not in pending:
@@ -108,7 +139,7 @@ def _publish(
             continue
         commit = hub.put(name, tree_of(release.path))
         log(f"publish: {name} is {commit[:12]} at {hub.where}")
-    steps = _published(hub, hub.refs())
+    steps = _published(hub, hub.refs(rewritten))
     main = _publish_main(hub, releases, steps)
     log(f"publish: main is step-{max(steps)} ({main[:12]}), {len(steps)} revisions of {hub.repo_id}")
     if clean_load and isinstance(hub, HubFolder):
@@ -118,18 +149,24 @@ def _publish(
     return Publication(hub.repo_id, hub.where, {step: item.commit for step, item in sorted(steps.items())}, main)
 
 
-def open_hub(dest: str, repo_id: str | None = None) -> Hub:
-    """The place that ``dest`` names. Raises UserError when it names none."""
+def open_hub(
+    dest: str,
+    repo_id: str | None = None,
+    *,
+    replace: bool = False,
+    log: Callable[[str], None] = lambda line: None,
+) -> Hub:
+    """The place that ``dest`` names, with what may be done there. Raises UserError when it names none."""
     folder = dest.removeprefix("file:")
     if folder != dest:
         if not folder:
             raise UserError("--to file: names no folder: write file:FOLDER")
         if repo_id is None or not REPO_ID.fullmatch(repo_id):
             raise UserError(f"{repo_id!r} is no repository id: it must look like org/name")
-        return HubFolder(Path(folder), repo_id)
+        return HubFolder(Path(folder), repo_id, replace=replace, log=log)
     if not REPO_ID.fullmatch(dest):
         raise UserError(f"cannot publish to {dest!r}: write org/name for the Hub, or file:FOLDER for a local folder")
-    return HubRepo(dest)
+    return HubRepo(dest, replace=replace, log=log)
 
 
 def _published(
@@ -138,22 +175,50 @@ def _published(
     replaceable: Collection[int] = (),
     log: Callable[[str], None] = lambda line: None,
 ) -> dict[int, Published]:
-    """Every step on the hub, by its own manifest and record; without damaged ones that are ``replaceable``."""
+    """Every step on the hub, by its own manifest and record; without damaged ones that are ``replaceable``.
+
+    A branch of such a name that holds no release of ours is left alone.
+    """
     found = {}
     for name, commit in refs.items():
         match = _STEP.fullmatch(name)
-        if match:
-            step = int(match.group(1))
-            try:
-                manifest = Manifest.parse(hub.read(commit, MANIFEST), f"{MANIFEST} of {name} at {hub.where}")
-                record = json.loads(hub.read(commit, "analysis.json"))
-            except DamagedRevision as error:
-                if step not in replaceable:
-                    raise
-                log(f"publish: {name} is stored again: {str(error).partition(';')[0]}")
-                continue
-            found[step] = Published(step, commit, manifest.digests, record)
+        if match is None:
+            continue
+        step = int(match.group(1))
+        try:
+            if hub.is_ours(commit):
+                found[step] = _read_published(hub, name, step, commit)
+            else:
+                log(f"publish: {name} at {hub.where} is no release of ours")
+        except DamagedRevision as error:
+            if step not in replaceable:
+                raise
+            log(f"publish: {name} is stored again: {str(error).partition(';')[0]}")
     return found
+
+
+def _read_published(hub: Hub, name: str, step: int, commit: str) -> Published:
+    """One step on the hub. Raises DamagedRevision where manifest or record is not what it should be."""
+    where = f"of {name} at {hub.where}"
+    remedy = "publish that step again"
+    data = hub.read(commit, MANIFEST)
+    try:
+        digests = Manifest.parse(data, f"{MANIFEST} {where}", remedy).digests
+    except UserError as error:
+        raise DamagedRevision(str(error)) from error
+    data = hub.read(commit, "analysis.json")
+    if (digest := source_sha256(data)) != (expected := digests.get("analysis.json", "of no listed file")):
+        raise DamagedRevision(
+            f"analysis.json {where} was changed: its sha256 is {digest[:12]}, expected {expected[:12]}; {remedy}"
+        )
+    try:
+        published = Published(step, commit, digests, parse_json(data))
+        if published.record["step"] != step:
+            raise ValueError("it is of another step")
+        trajectory_line(published)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedRevision(f"analysis.json {where} is no record of that step ({error}); {remedy}") from error
+    return published
 
 
 def _pending(hub: Hub, releases: dict[int, Release], before: dict[int, Published], replace: bool) -> set[int]:
@@ -199,7 +264,7 @@ def _publish_main(hub: Hub, releases: dict[int, Release], steps: dict[int, Publi
     if latest not in releases:
         return _extend_main(hub, steps)
     tree = main_tree(releases[latest], list(steps.values()))
-    head = hub.refs().get("main")
+    head = hub.refs(["main"]).get("main")
     return head if head and hub.holds(head, tree) else hub.put("main", tree)
 
 
@@ -211,5 +276,5 @@ def _extend_main(hub: Hub, steps: dict[int, Published]) -> str:
             flat = safe_name(name, f"step-{latest.step} at {hub.where}: file name")
             (scratch / flat).write_bytes(hub.read(latest.commit, flat))
         tree = main_tree(check_release(scratch), list(steps.values()))
-        head = hub.refs().get("main")
+        head = hub.refs(["main"]).get("main")
         return head if head and hub.holds(head, tree) else hub.put("main", tree)

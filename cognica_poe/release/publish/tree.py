@@ -38,6 +38,11 @@ class Published:
         return self.digests[WEIGHTS]
 
     @property
+    def outline(self) -> Tree:
+        """Names and manifest of its files, without their content."""
+        return {**dict.fromkeys(self.digests, b""), MANIFEST: Manifest("release", self.digests).data()}
+
+    @property
     def code(self) -> dict[str, str]:
         """sha256 of the model code by file."""
         return code_of(self.digests)
@@ -69,6 +74,30 @@ def content_id(manifest: bytes) -> str:
     return hashlib.sha1(manifest, usedforsecurity=False).hexdigest()
 
 
+def has_mark(manifest: bytes) -> bool:
+    """Whether a manifest is that of a release of ours, or damaged."""
+    try:
+        return Manifest.parse(manifest, MANIFEST).kind == "release"
+    except UserError:
+        return True
+
+
+def written_by_us(manifest: bytes) -> dict[str, str]:
+    """sha256 by name of the files of a published revision that we wrote, its manifest among them; none without mark."""
+    try:
+        read = Manifest.parse(manifest, MANIFEST)
+    except UserError:
+        return {}
+    return {**read.digests, MANIFEST: source_sha256(manifest)} if read.kind == "release" else {}
+
+
+def digests_of(tree: Tree) -> dict[str, str]:
+    """sha256 of every file of a tree, by its own manifest."""
+    source = tree[MANIFEST]
+    manifest = source if isinstance(source, bytes) else source.read_bytes()
+    return {**Manifest.parse(manifest, MANIFEST).digests, MANIFEST: source_sha256(manifest)}
+
+
 def trajectory_line(published: Published) -> dict[str, Any]:
     """What one line of ``trajectory.jsonl`` says of a step."""
     record = published.record
@@ -91,6 +120,16 @@ def trajectory_line(published: Published) -> dict[str, Any]:
         "acceptance": (record.get("speculative") or {}).get("acceptance"),
         "validation_sha256": (record.get("validation") or {}).get("sha256"),
     }
+
+
+def main_outline(files: Tree) -> Tree:
+    """``main_tree`` before all is published, from the latest step's files: what is made only then is empty."""
+    tree = {**files, "README.md": b"", TRAJECTORY: b""}
+    kept = digests_of(files)
+    digests = {
+        name: kept[name] if source else source_sha256(source) for name, source in tree.items() if name != MANIFEST
+    }
+    return {**tree, MANIFEST: Manifest("release", digests).data()}
 
 
 def main_tree(latest: Release, steps: Sequence[Published]) -> Tree:
