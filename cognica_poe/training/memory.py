@@ -1,11 +1,15 @@
-"""Memory of the host: freed blocks stay in the process, and copies to and from a device make nobody wait."""
+"""Memory: freed blocks stay in the process, copies to and from a device make nobody wait, a full GPU says so."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import sys
+from collections.abc import Iterator
 
 import torch
+
+from cognica_poe.errors import UserError
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h of glibc
 
@@ -40,3 +44,15 @@ def copy_to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+@contextlib.contextmanager
+def full_memory_explained(micro_rows: int) -> Iterator[None]:
+    """Raise UserError, one line of what would take less, where the memory of an accelerator is full within."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        lower = f"--training.micro-rows below {micro_rows} or " if micro_rows > 1 else ""
+        raise UserError(
+            f"the memory of the GPU is full: train with {lower}--training.recompute, and --resume after a checkpoint"
+        ) from error

@@ -30,7 +30,7 @@ from cognica_poe.training.guard import Decision, SpikePolicy, StepGuard
 from cognica_poe.training.initial import initial_weights
 from cognica_poe.training.journal import Journal
 from cognica_poe.training.lineage import parts_of
-from cognica_poe.training.memory import copy_to_device, copy_to_host, keep_freed_memory
+from cognica_poe.training.memory import copy_to_device, copy_to_host, full_memory_explained, keep_freed_memory
 from cognica_poe.training.optim.schedule import Schedule
 from cognica_poe.training.parallel.ranks import Ranks
 from cognica_poe.training.precision import choose_attention, choose_compute_dtype, default_device
@@ -175,7 +175,10 @@ class Trainer:
             self.start()
         self.events.write({"event": "resume" if self.step else "start", "step": self.step, **self._facts()})
         with self.requests.heed(self.checkpoints.steps):
-            with bounded_compilation() if self.compiled else contextlib.nullcontext():
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(full_memory_explained(self.recipe.training.micro_rows))
+                if self.compiled:
+                    stack.enter_context(bounded_compilation())
                 self._train(at_release)
             self.checkpoints.wait()
             if self.requests.asked():
