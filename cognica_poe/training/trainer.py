@@ -272,9 +272,8 @@ class Trainer:
             return None
 
     def _stop(self) -> NoReturn:
-        """Save where the run stands, unless that has been done, and end."""
-        if self.saved != self.step:
-            self._save()
+        """Save where the run stands, and end."""
+        self._save_once()
         self.checkpoints.wait()
         self.events.write({"event": "stopped", "step": self.step})
         self.requests.obeyed()
@@ -348,7 +347,7 @@ class Trainer:
     # ---- between steps --------------------------------------------------------------------------------------------
 
     def _save_and_release(self, at_release: Callable[[int], None] | None) -> None:
-        self._save()
+        self._save_once()
         if at_release is not None and not self.policy.failed(self.step - 1):
             self.checkpoints.wait()
             try:
@@ -368,6 +367,11 @@ class Trainer:
             yield
         self.model.set_attn_implementation(self.attention)
         self.model.train()
+
+    def _save_once(self) -> None:
+        """Save unless the checkpoint of this step is there."""
+        if self.saved != self.step:
+            self._save()
 
     def _save(self) -> None:
         dtype = str(self.compute_dtype).removeprefix("torch.")
