@@ -40,6 +40,20 @@ def sha256_file(path: Path) -> str:
 
 
 @contextlib.contextmanager
+def folder_for(path: Path) -> Iterator[Path]:
+    """Make the folder ``path`` and those above it; what nothing was put into by the end goes again."""
+    path = Path(path)
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield path
+    finally:
+        for folder in made:
+            with contextlib.suppress(OSError):  # it holds something
+                folder.rmdir()
+
+
+@contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Turn the disk's refusals (full, read-only, not permitted) into one clear line."""
     try:
@@ -143,8 +157,7 @@ def atomic_folder(
     path = Path(path)
     if not trusted:
         require_replaceable(path, kind)
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with disk_errors(path), folder_for(path.parent):
         sweep(path.parent)
         place = Path(os.path.abspath(path))
         with partial_folder(place, wait) as outer:

@@ -18,7 +18,7 @@ from cognica_poe.data.manifest import load_manifest, read_documents
 from cognica_poe.data.rows.reader import Rows
 from cognica_poe.data.tokenizer import copy_tokenizer, load_tokenizer, train_tokenizer
 from cognica_poe.errors import UserError
-from cognica_poe.files import Manifest
+from cognica_poe.files import Manifest, require_apart, require_replaceable
 from cognica_poe.leftovers import sweep
 from cognica_poe.locks import require_settled
 from cognica_poe.recipe.fields import Recipe
@@ -34,6 +34,8 @@ from cognica_poe.training.lineage import require_data, require_parts, require_to
 from cognica_poe.training.precision import default_device
 
 Log = Callable[[str], None]
+_FIRST_PARTS = ("data", "tokenizer", "rows", INITIAL, "events.jsonl")
+"""What a run folder may hold before it holds a recipe."""
 
 
 def prepare(recipe: Recipe, run: Path, log: Log, resume: bool = False, init_from: Path | None = None) -> None:
@@ -56,6 +58,8 @@ def prepare(recipe: Recipe, run: Path, log: Log, resume: bool = False, init_from
             )
         if not resume and (run / "checkpoints").is_dir():
             raise UserError(f"{run} already holds a run: add --resume to go on, or choose another --out")
+    elif other := _other_parts(run):
+        raise UserError(f"{run} holds {other[0]} and no recipe.json, so it is no run folder: choose another --out")
     _require_own_parts(run, recipe)
     if saved.is_file():
         _record_changes(run, recipe, changed, log)
@@ -88,6 +92,12 @@ def prepare(recipe: Recipe, run: Path, log: Log, resume: bool = False, init_from
         size, limit = recipe.model.vocab_size, recipe.data.tokenizer_bytes
         train_tokenizer(texts, size, tokenizer, max_bytes=limit, made_from=made_from, log=log)
     require_parts(run, recipe)
+
+
+def _other_parts(run: Path) -> list[str]:
+    """Names in a folder without a recipe that no run puts there first."""
+    names = {path.name for path in run.iterdir()} if run.is_dir() else set()
+    return sorted(name for name in names - set(_FIRST_PARTS) if not name.startswith("."))
 
 
 def _require_own_parts(run: Path, recipe: Recipe) -> None:
@@ -199,6 +209,24 @@ def analyze_step(run: Path, recipe: Recipe, model: Any, step: int, log: Log) -> 
     return record
 
 
+def require_outside(run: Path, out: Path, takes: Sequence[str] = ()) -> None:
+    """Raise UserError for an ``out`` that is, holds or lies inside anything that a run keeps.
+
+    Of a run, only ``release`` takes further folders, and what ``takes`` names relative to it.
+    """
+    for part in [*Path(run).iterdir(), Path(run) / "release" / "hub"]:
+        if part.relative_to(run).as_posix() not in ("release", *takes):
+            require_apart(out, part)
+
+
+def release_folder(run: Path, step: int, out: Path | None = None) -> Path:
+    """Where the release of a step goes, by default ``release/step-N`` of the run. Raises UserError if it may not."""
+    place = out or Path(run) / "release" / f"step-{step}"
+    require_outside(run, place)
+    require_replaceable(place, "release")
+    return place
+
+
 def export_step(run: Path, recipe: Recipe, model: Any, step: int, log: Log, out: Path | None = None) -> Path:
     """Write the release folder of a measured step."""
     from cognica_poe.release.export import export_release
@@ -212,7 +240,7 @@ def export_step(run: Path, recipe: Recipe, model: Any, step: int, log: Log, out:
     return export_release(
         model,
         Path(run) / "tokenizer",
-        out or Path(run) / "release" / f"step-{step}",
+        release_folder(run, step, out),
         record=record.model_dump(mode="json"),
         wand_bounds=record.wand_bounds,
         name=recipe.release.repo_id.split("/")[-1],

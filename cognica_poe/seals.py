@@ -98,7 +98,7 @@ def open_line(line: bytes) -> dict[str, Any]:
     """The record of a sealed line. Raises ValueError saying how it is damaged."""
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError("it is not JSON") from error
     if not isinstance(record, dict) or _CHECKSUM not in record:
         raise ValueError(f"it carries no {_CHECKSUM}")

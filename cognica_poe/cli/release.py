@@ -20,15 +20,10 @@ def export(run: RunFolder, step: Natural, out: Path | None = None) -> None:
         out: Where to; RUN/release/step-N when omitted.
     """
     from cognica_poe import pipeline
-    from cognica_poe.files import require_apart, require_replaceable
 
     recipe = pipeline.read_recipe(run)
     pipeline.sweep_run(run)
-    out = out or run / "release" / f"step-{step}"
-    for part in [*run.iterdir(), run / "release" / "hub"]:  # of a run, only RUN/release takes further folders
-        if part != run / "release":
-            require_apart(out, part)
-    require_replaceable(out, "release")
+    out = pipeline.release_folder(run, step, out)
     print(pipeline.export_step(run, recipe, pipeline.checkpoint_model(run, recipe, step, log), step, log, out))
 
 
@@ -62,8 +57,13 @@ def report(runs: RunFolders, out: Path | None = None) -> None:
         runs: Run folders.
         out: Folder or .html file; the first run's report/ when omitted.
     """
+    from cognica_poe import pipeline
     from cognica_poe.release.report.html import write_report
 
     if not runs:
         raise UserError("report: pass at least one run folder")
-    print(write_report(list(runs), out or runs[0] / "report"))
+    out = out or runs[0] / "report"
+    for run in runs:
+        pipeline.read_recipe(run)
+        pipeline.require_outside(run, out, takes=["report"])
+    print(write_report(list(runs), out))

@@ -74,14 +74,17 @@ def build(
         if not spool.bytes:
             raise UserError(f"{mix_or_path} holds no text at all; nothing was built")
         require_space(out, 2 * spool.bytes)
-        split_of = assign_splits(
-            spool.groups,
-            spool.given,
-            fraction=val_fraction,
-            min_bytes=val_min_bytes,
-            seed=seed,
-            max_bytes=max_bytes if given.mix is None else None,  # of a Hub mix no more was read
-        )
+        try:
+            split_of = assign_splits(
+                spool.groups,
+                spool.given,
+                fraction=val_fraction,
+                min_bytes=val_min_bytes,
+                seed=seed,
+                max_bytes=max_bytes if given.mix is None else None,  # of a Hub mix no more was read
+            )
+        except UserError as error:
+            raise UserError(f"{mix_or_path}: {error}") from error
         shards, content = write_shards(spool, split_of, folder, seed)
         spool.file.unlink()
         manifest = DataManifest(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -58,7 +59,7 @@ class SourceRecord(Totals):
 class DataManifest(_Record):
     """``manifest.json`` of a data folder."""
 
-    schema_version: int = 1
+    schema_version: Literal[1] = 1
     mix: str
     seed: int
     val_fraction: float
@@ -104,6 +105,13 @@ def load_manifest(data_dir: Path) -> DataManifest:
         safe_name(shard.file, f"data manifest {file}: shard")
         if listed.get(shard.file) != shard.sha256:
             raise UserError(f"{file.parent / MANIFEST} and {file.name} give {shard.file} another sha256; {_REMEDY}")
+    for split in SPLITS:
+        shards = [shard for shard in manifest.shards if shard.split == split]
+        total = manifest.splits.get(split)
+        for name in ("documents", "bytes"):
+            counts = [getattr(shard, name) for shard in shards]
+            if total is None or min(counts, default=0) < 0 or sum(counts) != getattr(total, name):
+                raise UserError(f"data manifest {file}: the {name} of its {split} shards are not those said; {_REMEDY}")
     return manifest
 
 

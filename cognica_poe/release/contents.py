@@ -56,10 +56,27 @@ def _config(file: Path) -> CognicaPoEConfig:
         value = values.get(name)
         if problem := bounds.problem(tuple(value) if isinstance(value, list) else value):
             raise UserError(f"{file}: {name} {problem}")
+    for name, default in CognicaPoEConfig().to_dict().items():
+        if name in values and not _alike(values[name], default):
+            raise UserError(f"{file}: {name} is {values[name]!r:.40}, where {default!r:.40} is usual; copy it again")
     try:
-        return CognicaPoEConfig.from_dict(values)
+        config = CognicaPoEConfig.from_dict(values)
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, StrictDataclassError) as error:
         raise UserError(f"{file} describes no model: {_last_line(error)}; copy the release again") from error
+    for name, value in {**config.to_dict(), "tie_word_embeddings": False}.items():
+        if name in values and values[name] != value:
+            raise UserError(f"{file}: {name} is {values[name]!r:.40}, which follows as {value!r:.40}; copy it again")
+    return config
+
+
+def _alike(value: Any, usual: Any) -> bool:
+    """Whether ``value`` is of the type of ``usual``; what is usually None may be anything."""
+    if isinstance(usual, bool) or isinstance(value, bool):
+        return usual is None or isinstance(value, bool) == isinstance(usual, bool)
+    for kind in (int | float, str, list, dict):
+        if isinstance(usual, kind):
+            return value is None or isinstance(value, kind)
+    return True
 
 
 def _check_weights(file: Path, config: CognicaPoEConfig) -> None:

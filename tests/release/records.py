@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from cognica_poe.data.manifest import DataManifest
+from cognica_poe.data.manifest import SPLITS, DataManifest
 from cognica_poe.files import write_bytes, write_json, write_manifest
 from cognica_poe.seals import sealed_line, write_sealed
 
@@ -131,5 +131,11 @@ def make_run(folder: Path, *, name: str = "tiny-poe", path: str = "pool", steps:
 def _data_manifest() -> dict[str, Any]:
     sources = [{**source, "val_documents": 1, "val_bytes": 90} for source in RELEASE["data"]["sources"]]
     asked = {"mix": "docs", "seed": 0, "val_fraction": 0.1, "val_min_bytes": 1, "max_bytes": None}
-    held = {"documents": 10, "bytes": 900, "splits": {}, "shards": [], "sources": sources}
+    held = {
+        "documents": 10,
+        "bytes": 900,
+        "splits": {split: {"documents": 0, "bytes": 0} for split in SPLITS},
+        "shards": [],
+        "sources": sources,
+    }
     return DataManifest.model_validate({**asked, **held, "dropped": {}, "versions": {}}).model_dump(mode="json")

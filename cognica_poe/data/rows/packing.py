@@ -30,7 +30,7 @@ from cognica_poe.data.rows.store import (
 )
 from cognica_poe.data.tokenizer import Tokenizer
 from cognica_poe.errors import UserError
-from cognica_poe.files import disk_errors, require_space
+from cognica_poe.files import disk_errors, folder_for, require_space
 from cognica_poe.leftovers import partial_file, sweep
 
 _VERSION = 2  # of the algorithm; part of the fingerprint
@@ -97,8 +97,7 @@ def pack(
         return facts
     documents = manifest.splits[split].documents
     case = _draw_cases(documents, case_aug_prob, seed, epoch)
-    with disk_errors(out_dir):
-        out_dir.mkdir(parents=True, exist_ok=True)
+    with disk_errors(out_dir), folder_for(out_dir):
         require_space(out_dir, 2 * manifest.splits[split].bytes)
         sweep(out_dir)
         with partial_file(out_dir) as (encoded, flat):

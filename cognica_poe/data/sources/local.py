@@ -113,10 +113,14 @@ def _parquet_rows(file: Path) -> Iterator[dict[str, str | None]]:
             schema = parquet.schema_arrow
             if "text" not in schema.names:
                 raise UserError(f"{file} has no column 'text' (columns: {', '.join(schema.names)}); rename the column")
-            kind = schema.field("text").type
-            if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-                raise UserError(f"column 'text' of {file} holds {kind}, not strings; convert it")
             known = [name for name in _COLUMNS if name in schema.names]
+            for name in known:
+                if schema.names.count(name) > 1:
+                    raise UserError(f"{file} has several columns {name!r}; rename all but one")
+                kind, missing = schema.field(name).type, name != "text"
+                strings = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+                if not (strings or (missing and pa.types.is_null(kind))):
+                    raise UserError(f"column {name!r} of {file} holds {kind}, not strings; convert it")
             for batch in parquet.iter_batches(batch_size=256, columns=known):
                 yield from batch.to_pylist()
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -137,4 +141,7 @@ def _jsonl_rows(file: Path) -> Iterator[dict[str, str | None]]:
             if not isinstance(row, dict) or "text" not in row or not isinstance(row["text"], str | None):
                 raise UserError(f"{file} line {number} has no string 'text'; each line is an object such as "
                                 '{"text": "..."}')  # fmt: skip
-            yield {name: None if value is None else str(value) for name, value in row.items() if name in _COLUMNS}
+            for name in _COLUMNS:
+                if not isinstance(row.get(name), str | None):
+                    raise UserError(f"{file} line {number}: {name} is no string; put it in quotes or leave it out")
+            yield {name: value for name, value in row.items() if name in _COLUMNS}

@@ -6,6 +6,7 @@ the data manifest of the runs. Model outputs are escaped.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,17 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     """Write the report of one or several runs and return the HTML file.
 
     ``out``: the file (``*.html``) or the folder that gets ``index.html``. The same run folders give the same bytes.
-    Raises UserError for a missing run folder or a run without analysis records.
+    Raises UserError for a missing run folder, a run without analysis records, and a page there that is not ours.
     """
     if not runs:
         raise UserError("no run to report on: pass at least one run folder")
     loaded = [read_run(path) for path in runs]
     out = Path(out)
     file = out if out.suffix == ".html" else out / "index.html"
+    if os.path.lexists(file) and not (file.is_file() and page.MARK.encode() in file.read_bytes()[:1000]):
+        raise UserError(
+            f"{file} exists and is not a report made by cognica-poe: choose another --out, or remove it yourself"
+        )
     sweep(file.parent)
     write_bytes(file, render_report(loaded).encode())
     return file

@@ -74,12 +74,17 @@ text.</dd>
 </dl>"""
 
 
+MARK = '<meta name="generator" content="cognica-poe report">'
+"""A line of every report; a page without it is not ours to replace."""
+
+
 def document(title: str, body: str) -> str:
     """The page around ``body``."""
     return f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
+{MARK}
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
 <title>{html_text(title)}</title>

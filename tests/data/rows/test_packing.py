@@ -221,7 +221,7 @@ def test_a_failure_leaves_nothing_half_written(many, tokenizer, tmp_path, monkey
     monkeypatch.setattr(packing.np, "savez", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(UserError, match="no space left"):
         pack(many, tokenizer, tmp_path / "rows", row_len=65)
-    assert list((tmp_path / "rows").iterdir()) == []
+    assert not (tmp_path / "rows").exists()
 
 
 def test_mistakes(many, tokenizer, tmp_path):

@@ -157,6 +157,20 @@ def test_a_changed_byte_is_named(tmp_path, name):
     assert str(known) in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_page_that_is_not_ours_stays(tmp_path):
+    run = make_run(tmp_path / "run")
+    for out in (tmp_path / "site", tmp_path / "page.html"):
+        file = out if out.suffix else out / "index.html"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("<!doctype html>my page")
+        with pytest.raises(UserError, match="is not a report made by cognica-poe"):
+            write_report([run], out)
+        assert file.read_text() == "<!doctype html>my page"
+        file.unlink()
+        write_report([run], out)
+        assert write_report([run], out).read_bytes() == file.read_bytes()
+
+
 def test_mistakes_are_told(tmp_path):
     with pytest.raises(UserError, match="at least one run"):
         write_report([], tmp_path)
