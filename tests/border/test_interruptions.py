@@ -124,9 +124,13 @@ def try_command(name, start, tmp_path, each, seed):
         whole, began = tmp_path / "whole" / "out", time.monotonic()
         assert Command(words(start, whole), whole.parent).wait(300) == 0
         seconds = time.monotonic() - began
-    for trial in range(2 * each):
-        place, number = tmp_path / str(trial), (signal.SIGTERM, signal.SIGKILL)[trial % 2]
-        code, took = interrupt(Command(words(start, place / "out"), place), number, 0.02 + rng.random() * seconds)
+    trial = 0
+    while min(tally.ends.get("SIGTERM", 0), tally.ends.get("kill -9", 0)) < each:
+        trial += 1
+        assert trial <= 6 * each, "the command ends before it is interrupted"
+        number = signal.SIGKILL if tally.ends.get("SIGTERM", 0) >= each else signal.SIGTERM
+        place = tmp_path / str(trial)
+        code, took = interrupt(Command(words(start, place / "out"), place), number, 0.02 + rng.random() * 0.9 * seconds)
         tally.add(code, took)
         assert code in (0, -9 if number == signal.SIGKILL else 143), (code, (place / "said").read_text())
         if code == 143:
