@@ -7,9 +7,10 @@ from typing import Any
 TRAINING = (
     "train flat, released",
     "train hier",
-    "train none",
+    "train none, released",
     "train flat, recomputed",
     "train flat, flex_attention",
+    "train from weights",
     "resume",
     "roll back",
 )

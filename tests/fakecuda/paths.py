@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from cognica_poe import pipeline
 from cognica_poe.analysis import analyzer
@@ -92,6 +93,17 @@ def train(
 def resume(watch: Watch, run: Path) -> dict[str, Any]:
     """The prepared run goes on, on the device, from the checkpoint that the processor wrote."""
     return _steps(watch, _resumed(run, "resume"))
+
+
+def start_from_weights(watch: Watch, run: Path) -> dict[str, Any]:
+    """A new run from the weights and the tokenizer of a release."""
+    new = _copy(run, "from-weights", "data")
+    recipe = with_training(pipeline.read_recipe(run), steps=MORE, compile="off", attention="sdpa")
+    schedule = dataclasses.replace(recipe.training.schedule, warmup_steps=1)
+    recipe = with_training(recipe, schedule=schedule)
+    with _disable_current_modes():  # files alone
+        pipeline.prepare(recipe, new, _silent, init_from=run / "release" / f"step-{TRAINED}")
+    return _steps(watch, Trainer(recipe, new, pipeline.open_rows(new, recipe)))
 
 
 def roll_back(watch: Watch, run: Path) -> dict[str, Any]:
@@ -217,9 +229,10 @@ def paths() -> dict[str, Callable[[Watch, Path], dict[str, Any]]]:
     found: dict[str, Callable[[Watch, Path], dict[str, Any]]] = {
         "train flat, released": lambda watch, run: train(watch, run, released=True),
         "train hier": lambda watch, run: train(watch, run, "hier"),
-        "train none": lambda watch, run: train(watch, run, "none"),
+        "train none, released": lambda watch, run: train(watch, run, "none", released=True),
         "train flat, recomputed": lambda watch, run: train(watch, run, recompute=True),
         "train flat, flex_attention": lambda watch, run: train(watch, run, attention="flex_attention"),
+        "train from weights": start_from_weights,
         "resume": resume,
         "roll back": roll_back,
         "analyze": analyze,
