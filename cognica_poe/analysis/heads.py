@@ -21,6 +21,7 @@ from torch import Tensor
 
 from cognica_poe.analysis.bits_per_byte import measure_paths
 from cognica_poe.analysis.bootstrap import Bootstrap, Interval
+from cognica_poe.modeling.blocks_cognica_poe import LowRankHead
 
 if TYPE_CHECKING:
     from cognica_poe.data.tokenizer import Tokenizer
@@ -73,9 +74,9 @@ def head_geometry(model: CognicaPoEForCausalLM, tokenizer: Tokenizer, *, tokens:
     )
 
 
-def _stage_heads(model: CognicaPoEForCausalLM, stages: Iterable[int]) -> list[torch.nn.Parameter]:
+def _stage_heads(model: CognicaPoEForCausalLM, stages: Iterable[int]) -> list[Tensor]:
     """Weights [V, D] of the additive heads of ``stages``."""
-    return [model.get_parameter(f"lm_head_stages.{stage}.weight") for stage in stages]
+    return [model.stage_weight(stage) for stage in stages]
 
 
 def _dominant_pair(head: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -150,7 +151,8 @@ def perturb_heads(
 
 @contextlib.contextmanager
 def _scaled_heads(model: CognicaPoEForCausalLM, stages: Sequence[int], beta: float) -> Iterator[None]:
-    weights = _stage_heads(model, stages)
+    heads = [model.lm_head_stages[stage] for stage in stages]
+    weights = [head.up.weight if isinstance(head, LowRankHead) else head.weight for head in heads]
     kept = [weight.detach().clone() for weight in weights]
     try:
         with torch.no_grad():

@@ -49,6 +49,7 @@ class CognicaPoEConfig(PreTrainedConfig):
     poe_alpha: float = 0.0
     poe_stage_layers: list[int] = None  # type: ignore[assignment]  # None becomes one stage of all layers
     per_stage_head: bool = True
+    stage_head_rank: int = 0  # of the stages' own heads; 0: full matrices
     poe_head_count: int = None  # type: ignore[assignment]  # None becomes the number of stages
     poe_wand_p99_bounds_per_stage_head: list[float] | None = None
     use_cache: bool = True
@@ -85,6 +86,9 @@ class CognicaPoEConfig(PreTrainedConfig):
         channels = (self.ve_gate_channels, self.smear_channels)
         fits = self.hidden_size >= max(channels)
         check(fits, f"hidden_size {self.hidden_size} is below the gate channels {channels}")
+        rank, fits = self.stage_head_rank, 0 <= self.stage_head_rank < self.hidden_size
+        check(fits, f"stage_head_rank {rank} must be 0 (full) or below hidden_size {self.hidden_size}")
+        check(self.per_stage_head or not rank, f"stage_head_rank {rank} needs per_stage_head")
         fits, count = self.poe_head_count in (None, len(stages)), len(stages)
         check(fits, f"poe_head_count {self.poe_head_count} differs from the {count} stages of poe_stage_layers")
         fits, count = bounds is None or len(bounds) == len(stages) - 1, len(stages) - 1

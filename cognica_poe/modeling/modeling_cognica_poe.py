@@ -18,7 +18,7 @@ from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .blocks_cognica_poe import Block, Rotary, Trunk, rmsnorm, rotary_factors, smear, softcap
+from .blocks_cognica_poe import Block, LowRankHead, Rotary, Trunk, rmsnorm, rotary_factors, smear, softcap
 from .cache_cognica_poe import CognicaKVCache
 from .configuration_cognica_poe import CognicaPoEConfig, check
 from .decoding_cognica_poe import PoEDecodingMixin
@@ -49,7 +49,12 @@ class CognicaPoEForCausalLM(PreTrainedModel, PoEDecodingMixin, GenerationMixin):
         )
         self.lm_head = nn.Linear(width, vocab, bias=False)
         stages = config.num_stages if config.per_stage_head else 0
-        self.lm_head_stages = nn.ModuleList([nn.Linear(width, vocab, bias=False) for _ in range(stages)])
+        self.lm_head_stages = nn.ModuleList(
+            [
+                LowRankHead(config) if config.stage_head_rank else nn.Linear(width, vocab, bias=False)
+                for _ in range(stages)
+            ]
+        )
         self.resid_lambdas = nn.Parameter(torch.empty(layers))
         self.x0_lambdas = nn.Parameter(torch.empty(layers))
         self.smear_gate = nn.Linear(config.smear_channels, 1, bias=False)
@@ -66,8 +71,10 @@ class CognicaPoEForCausalLM(PreTrainedModel, PoEDecodingMixin, GenerationMixin):
         config, bound = self.config, math.sqrt(3.0 / self.config.hidden_size)
         init.normal_(self.transformer.wte.weight, mean=0.0, std=0.8)
         init.normal_(self.lm_head.weight, mean=0.0, std=0.001)
-        for head in self.lm_head_stages.parameters():
-            init.zeros_(head)
+        for head in self.lm_head_stages:
+            init.zeros_(head.up.weight if isinstance(head, LowRankHead) else head.weight)
+            if isinstance(head, LowRankHead):
+                init.uniform_(head.down.weight, -bound, bound)
         for embedding in self.value_embeds.parameters():
             init.uniform_(embedding, -bound, bound)
         lambdas = (self.resid_lambdas, config.resid_lambda_init), (self.x0_lambdas, config.x0_lambda_init)
@@ -140,10 +147,14 @@ class CognicaPoEForCausalLM(PreTrainedModel, PoEDecodingMixin, GenerationMixin):
             x = self.transformer.h[i](x, x0, *lambdas, rotary, mask, embedded, cache)
         return x
 
+    def stage_weight(self, stage: int) -> torch.Tensor:
+        """A stage's own head ``[V, D]``, which adds to the shared one."""
+        return cast(nn.Linear | LowRankHead, self.lm_head_stages[stage]).weight
+
     def head_weight(self, stage: int) -> torch.Tensor:
         """Folded head ``lm_head + lm_head_stages[stage]``, ``[V, D]``: one product instead of two."""
         weight = self.lm_head.weight
-        return weight + self.lm_head_stages[stage].weight if self.config.per_stage_head else weight
+        return weight + self.stage_weight(stage) if self.config.per_stage_head else weight
 
     def stage_head(self, x: torch.Tensor, stage: int) -> torch.Tensor:
         """Capped logits ``[..., V]`` of one stage from its boundary state ``x`` ``[..., D]``: sum first, then cap."""

@@ -14,9 +14,9 @@ import zlib
 import torch
 from torch import nn
 
-from .blocks_cognica_poe import MLP, Attention, Block, Trunk
+from .blocks_cognica_poe import MLP, Attention, Block, LowRankHead, Trunk
 
-PLAIN = (nn.Linear, nn.Embedding, nn.ModuleDict, nn.ModuleList, Trunk, Block, Attention, MLP)
+PLAIN = (nn.Linear, nn.Embedding, nn.ModuleDict, nn.ModuleList, Trunk, Block, Attention, MLP, LowRankHead)
 """Types of the modules whose results the engine computes from their weights; subclasses compute something else."""
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

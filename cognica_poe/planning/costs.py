@@ -87,7 +87,7 @@ class Costs:
         per_layer = [self.layer_bytes(layer, c) for layer in layers]
         formula = "R (4 (3 D + qd + kd) + c (2 D + 2 qd + 2 kd + 2 I)) per layer, + casts, + c R kd per value embedding"
         kept, logits = R * sum(per_layer), V * (chunk * c + block * 8)
-        if self.recipe.training.recompute:  # a layer's own come back when the logits have gone
+        if self.recipe.training.recompute != "off":  # a layer's own come back when the logits have gone
             kept = R * 4 * D * len(layers) + max(0, R * max(per_layer) - logits)
             formula = "4 R D per layer, + what one layer's own exceed the logits by"
         return [
@@ -118,7 +118,7 @@ class Costs:
         """The trunk's second forward where activations are not kept; no part of ``flops_per_token``."""
         heads = 1 if self.config.poe_mode == "none" else self.config.num_stages
         trunk = self.flops_per_token() - 6 * heads * self.config.vocab_size * self.config.hidden_size
-        return trunk // 3 if self.recipe.training.recompute else 0
+        return trunk // 3 if self.recipe.training.recompute != "off" else 0
 
     def newton_schulz_flops(self) -> list[int]:
         """Of every matrix: ``steps x (4 m^2 n + 2 m^3)`` with m the shorter side."""

@@ -88,11 +88,14 @@ class ModelRecipe:
     poe_mode: Literal["flat", "hier", "none"] = "flat"
     """flat: local losses; hier: deep supervision; none: ordinary backprop."""
     poe_alpha: float = setting(0.0, low=-10, high=10)
-    """Exponent of the number of experts, in the loss and in the pool."""
+    """Exponent of the number of experts, in the loss and in the pool. In the loss it is a factor on every gradient, to
+    which Muon and AdamW are blind: what it changes is the pool."""
     poe_stage_layers: tuple[int, ...] = setting((16, 6, 5, 5), low=1, high=1024)
     """Layers of every stage."""
     per_stage_head: bool = True
     """Every stage has a head of its own beside the shared one."""
+    stage_head_rank: int = 0
+    """Rank of the stages' own heads: the shared matrix plus two thin ones; 0: full matrices."""
 
 
 @dataclass(frozen=True)
@@ -197,6 +200,34 @@ class GuardRecipe:
 
 
 @dataclass(frozen=True)
+class ObjectiveRecipe:
+    """How the gradients of stages meet in the trunk; what is omitted is that of ``model.poe_mode``."""
+
+    gradient_flow: float | None = setting(None, high=1, resume=True)
+    """beta, share of the deeper stages' gradient that crosses a boundary: 0 none (flat), 1 all (hier)."""
+    late_gradient_flow: float | None = setting(None, high=1, resume=True)
+    """Another beta for the end of the run."""
+    late_from: float = setting(0.5, high=1, resume=True)
+    """Share of the steps after which ``late_gradient_flow`` holds."""
+    exit_weights: tuple[float, ...] = setting((), resume=True)
+    """gamma, one per stage: weight of an exit's own gradient in the trunk, beside what comes from deeper stages. 0: the
+    exit learns and teaches nothing. Its head always learns in full. 1 for every stage when omitted."""
+    gradient_delay: int = setting(0, high=1)
+    """tau, steps between the weights that a gradient was taken at and those that it is applied to: 1 is what stages on
+    ranks of their own need to run without waiting, though gradients cross."""
+    error_feedback: bool = False
+    """Correct a delayed update by what the one before it lacked."""
+
+    def flow(self, poe_mode: str, progress: float) -> float:
+        """beta at ``progress``, the share of the steps that is done."""
+        if self.late_gradient_flow is not None and progress >= self.late_from:
+            return self.late_gradient_flow
+        if self.gradient_flow is not None:
+            return self.gradient_flow
+        return 0.0 if poe_mode == "flat" else 1.0
+
+
+@dataclass(frozen=True)
 class TrainingRecipe:
     """One optimiser run."""
 
@@ -213,12 +244,14 @@ class TrainingRecipe:
     attention: Literal["auto", "sdpa", "flex_attention"] = setting("auto", resume=True)
     """flex_attention skips what a sliding window hides and trains on CUDA alone, sdpa masks it; auto: flex_attention on
     CUDA from capability 8.0 on, sdpa elsewhere."""
-    recompute: bool = setting(False, resume=True)
-    """Keep only the states between layers and compute the rest again in the backward: less memory, 1/3 more work."""
+    recompute: Literal["off", "layers", "stages"] = setting("off", resume=True)
+    """layers: keep only the states between layers and compute the rest again in the backward: less memory, 1/3 more
+    work; stages: keep those between stages, where gradients cross them: the activations of one stage at a time."""
     checkpoint_every: int = setting(1000, low=1, resume=True)
     """Steps between checkpoints."""
     keep_checkpoints: int = setting(3, low=1, resume=True)
     """Rolling checkpoints kept; released steps are kept as well."""
+    objective: ObjectiveRecipe = dataclasses.field(default_factory=ObjectiveRecipe)
     schedule: ScheduleRecipe = dataclasses.field(default_factory=ScheduleRecipe)
     optimizer: OptimizerRecipe = dataclasses.field(default_factory=OptimizerRecipe)
     ranks: RanksRecipe = dataclasses.field(default_factory=RanksRecipe)

@@ -9,7 +9,7 @@ from typing import Any
 
 from cognica_poe.errors import UserError
 from cognica_poe.files import safe_name
-from cognica_poe.recipe.fields import Range, Recipe
+from cognica_poe.recipe.fields import ObjectiveRecipe, Range, Recipe
 
 SHORTEST_CONTEXT = 64
 """Tokens that a measured draft, prompt and continuation, takes."""
@@ -85,7 +85,7 @@ def check_run(recipe: Recipe) -> Recipe:
         CognicaPoEConfig(**dataclasses.asdict(recipe.model))
     except ValueError as error:
         raise UserError(f"recipe {recipe.name}: {error}") from error
-    for problem in _misfits(recipe):
+    for problem in (*_misfits(recipe), *_objective_misfits(recipe)):
         raise UserError(f"recipe {recipe.name}: {problem}")
     return recipe
 
@@ -112,6 +112,37 @@ def _misfits(recipe: Recipe) -> Iterator[str]:
         yield f"model.vocab-size is {model.vocab_size}; packed rows hold 16-bit ids: at most {LARGEST_VOCABULARY}"
     if not REPO_ID.fullmatch(recipe.release.repo_id):
         yield f"release.repo-id {recipe.release.repo_id!r} must read org/name, in letters, digits, dots, - and _"
+
+
+def _objective_misfits(recipe: Recipe) -> Iterator[str]:
+    """Settings of the objective that contradict each other, or would only look like an effect."""
+    mode, K, objective = recipe.model.poe_mode, len(recipe.model.poe_stage_layers), recipe.training.objective
+    default, weights = ObjectiveRecipe(), objective.exit_weights
+    flows = {objective.flow(mode, 0.0), objective.flow(mode, 1.0)}
+    if objective != default and (mode == "none" or K == 1):
+        yield "training.objective is about several stages, and this model is trained as one: leave it out"
+    elif weights and len(weights) != K:
+        yield f"training.objective.exit-weights has {len(weights)} numbers for {K} stages: give one per stage"
+    elif weights and (flows == {0.0} or len(set(weights)) == 1):
+        yield (
+            "training.objective.exit-weights would change next to nothing: Muon and AdamW are blind to the scale of a "
+            "gradient, only the ratio of an exit's own to what deeper stages send counts; use different weights and a "
+            "gradient flow above 0"
+        )
+    elif weights and not weights[-1]:
+        yield "training.objective.exit-weights ends with 0: the last stage would learn nothing"
+    elif objective.late_gradient_flow is None and objective.late_from != default.late_from:
+        yield "training.objective.late-from needs --training.objective.late-gradient-flow"
+    elif objective.late_gradient_flow is not None and len(flows) == 1:
+        yield f"training.objective.late-gradient-flow is the flow of the whole run, {flows.pop():g}: leave it out"
+    elif objective.gradient_delay and flows == {0.0}:
+        yield "training.objective.gradient-delay needs a gradient flow above 0: without one no stage waits for another"
+    elif objective.error_feedback and not objective.gradient_delay:
+        yield "training.objective.error-feedback corrects a delay: add --training.objective.gradient-delay 1"
+    if recipe.training.recompute == "stages" and max(flows) == 0.0:
+        yield "training.recompute stages is for gradients that cross stages; without them each stage is freed anyway"
+    if recipe.training.ranks.parallel == "stages" and max(flows) > 0.0:
+        yield "training.ranks.parallel stages needs a gradient flow of 0: where gradients cross, stages are not apart"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ from cognica_poe.modeling.configuration_cognica_poe import CognicaPoEConfig
 from cognica_poe.modeling.modeling_cognica_poe import CognicaPoEForCausalLM
 from cognica_poe.recipe.fields import ModelRecipe, RanksRecipe, Recipe
 from cognica_poe.training.objective import Objective
+from cognica_poe.training.optim.delay import with_delay
 from cognica_poe.training.optim.optimizer import MuonAdamW, Optimizer
 from cognica_poe.training.parallel.ranks import Ranks
 from cognica_poe.training.parallel.stages import StageParallelMuonAdamW, StageParallelObjective
@@ -64,13 +65,14 @@ def build_objective_and_optimizer(
     training = recipe.training
     batch_tokens = training.batch_rows * recipe.model.max_position_embeddings
     if works_by_stages(recipe, ranks):
-        staged = StageParallelObjective(model, compute_dtype, ranks, training.recompute)
+        staged = StageParallelObjective(model, compute_dtype, ranks, training.recompute, training.objective)
         return staged, StageParallelMuonAdamW(staged, training.optimizer, batch_tokens)
-    objective = Objective(model, compute_dtype, training.recompute)
+    objective = Objective(model, compute_dtype, training.recompute, training.objective)
     if ranks.world == 1:
-        return objective, MuonAdamW(model, training.optimizer, batch_tokens)
+        return objective, with_delay(MuonAdamW(model, training.optimizer, batch_tokens), training.objective)
     options, sections = _with_replica_dtype(training.ranks, compute_dtype), objective.sections()
-    return objective, DistMuonAdamW(model, training.optimizer, batch_tokens, ranks, options, sections)
+    sharded = DistMuonAdamW(model, training.optimizer, batch_tokens, ranks, options, sections)
+    return objective, with_delay(sharded, training.objective)
 
 
 def _with_replica_dtype(recipe: RanksRecipe, compute_dtype: torch.dtype) -> RanksRecipe:

@@ -68,7 +68,7 @@ class _SoftcapCrossEntropy(torch.autograd.Function):
         compute = weight.to(n.dtype)
         rows, vocab = n.shape[0], weight.shape[0]
         accumulate = torch.float64 if n.dtype == torch.float64 else torch.float32
-        grad_n = torch.empty_like(n if wants_gradient else n[:0])
+        grad_n = torch.empty_like(n if n.requires_grad else n[:0])
         grad_w = torch.zeros_like(weight if wants_gradient else weight[:0], dtype=accumulate)
         loss = torch.zeros((), dtype=accumulate, device=n.device)
         step = chunk_rows(rows, vocab, n.device)
@@ -82,7 +82,8 @@ class _SoftcapCrossEntropy(torch.autograd.Function):
                 own = (torch.exp(cap * t) - total) * (1.0 - t.square())
                 z.scatter_(1, target, own.to(z.dtype))
                 scale = 1.0 / (total * rows)
-                grad_n[start : start + step] = (z @ compute) * scale
+                if n.requires_grad:  # an exit may teach nothing but its head
+                    grad_n[start : start + step] = (z @ compute) * scale
                 scaled = (chunk * scale).to(n.dtype)
                 if z.dtype == accumulate:
                     grad_w.addmm_(z.T, scaled)
@@ -94,9 +95,10 @@ class _SoftcapCrossEntropy(torch.autograd.Function):
         return loss / rows
 
     @staticmethod
-    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor, None, None]:
         grad_n, grad_w = ctx.saved_tensors
-        return grad_n * grad_output.to(grad_n.dtype), (grad_w * grad_output).to(ctx.weight_dtype), None, None
+        by_n = grad_n * grad_output.to(grad_n.dtype) if ctx.needs_input_grad[0] else None
+        return by_n, (grad_w * grad_output).to(ctx.weight_dtype), None, None
 
 
 def softcap_cross_entropy(n: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, cap: float) -> torch.Tensor:

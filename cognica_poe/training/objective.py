@@ -1,15 +1,20 @@
 """The training objectives of a Product-of-Experts model: one backward pass over a micro-batch.
 
-================  ==========================================================  ==============================
-``poe_mode``      gradient between stages                                     loss
-================  ==========================================================  ==============================
-``flat``          residual stream detached at each stage start, x0 not        ``sum_k CE_k / K^(1-alpha)``
-``hier``          full flow (deep supervision)                                the same
-``none``          full flow                                                   CE of the plain path
-================  ==========================================================  ==============================
+One family: at the end of stage k the trunk receives ``gamma_k`` times the gradient of the stage's own cross-entropy and
+``beta`` times what comes back from the deeper stages. The heads always receive the whole gradient of their loss, x0 is
+never detached, and the value is ``sum_k CE_k / K^(1-alpha)``.
 
-In ``flat`` each stage's backward runs right after its forward and frees its activations: x0 enters every stage as a
-leaf whose gradient is summed over the stages and sent back through the embedding once.
+================  ==============================  ==================================================================
+``poe_mode``      ``beta``, ``gamma`` preset      what it is
+================  ==============================  ==================================================================
+``flat``          0, 1                            local losses: no gradient crosses the residual stream
+``hier``          1, 1                            deep supervision: full flow
+``none``          -                               ordinary backprop of the plain path, one head
+================  ==============================  ==================================================================
+
+Where beta is 0, each stage's backward runs right after its forward and frees its activations: x0 enters every stage as
+a leaf whose gradient is summed over the stages and sent back through the embedding once. Elsewhere the stages are one
+graph, of which ``recompute`` keeps only the states between layers or stages.
 """
 
 from __future__ import annotations
@@ -23,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cognica_poe.modeling.blocks_cognica_poe import Rotary, rmsnorm, rotary_factors
 from cognica_poe.modeling.modeling_cognica_poe import CognicaPoEForCausalLM
+from cognica_poe.recipe.fields import ObjectiveRecipe
 from cognica_poe.training.cross_entropy import softcap_cross_entropy
 
 Masks = dict[str, Any]
@@ -35,23 +41,44 @@ class Objective:
     """Accumulates gradients of one micro-batch into the parameters' ``grad``.
 
     Args:
-        model: the model; ``model.config.poe_mode`` chooses the objective, ``poe_alpha`` its scale.
+        model: the model; ``model.config.poe_mode`` chooses the preset, ``poe_alpha`` the scale of the value.
         compute_dtype: fp32, or bf16 through autocast with fp32 weights.
-        recompute: keep only the states before every layer, and compute what is inside again for its backward.
+        recompute: what is not kept but computed again for the backward: ``off`` nothing, ``layers`` all but the states
+            before every layer, ``stages`` all but the states before every stage (for beta above 0).
+        options: beta, gamma and their schedule; the preset's where they are omitted.
     """
 
     def __init__(
-        self, model: CognicaPoEForCausalLM, compute_dtype: torch.dtype = torch.float32, recompute: bool = False
+        self,
+        model: CognicaPoEForCausalLM,
+        compute_dtype: torch.dtype = torch.float32,
+        recompute: str = "off",
+        options: ObjectiveRecipe | None = None,
     ):
         self.model, self.compute_dtype, self.recompute = model, compute_dtype, recompute
-        self.config = model.config
+        self.config, self.options = model.config, options or ObjectiveRecipe()
         self.mode = self.config.poe_mode
         if self.mode not in TRAINABLE_MODES:
             raise ValueError(
                 f"poe_mode {self.mode!r} cannot be trained here; choose one of {', '.join(TRAINABLE_MODES)}"
             )
-        self.stage_scale = self.config.num_stages ** (self.config.poe_alpha - 1.0)
+        K = self.config.num_stages
+        self.stage_scale = K ** (self.config.poe_alpha - 1.0)
+        self.exit_weights = self.options.exit_weights or (1.0,) * K
+        self.gradient_flow = self.options.flow(self.mode, 0.0)
+        """beta of the step under way."""
         self._context: tuple[tuple[torch.Size, torch.device], Rotary, Masks] | None = None
+
+    @property
+    def stage_by_stage(self) -> bool:
+        """Whether each stage's backward runs right after its forward: no gradient crosses."""
+        return self.mode != "none" and self.gradient_flow == 0.0
+
+    def begin(self, progress: float) -> bool:
+        """Take the beta that holds at ``progress``, the share of the run's steps that is done. True where the order of
+        gradients changes by it: ``sections`` says another one then."""
+        before, self.gradient_flow = self.stage_by_stage, self.options.flow(self.mode, progress)
+        return self.stage_by_stage != before
 
     def backward(self, inputs: torch.Tensor, targets: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
         """Add ``scale`` times the gradient of the objective.
@@ -65,8 +92,8 @@ class Objective:
         """
         device_type = inputs.device.type
         autocast = torch.autocast(device_type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16)
-        if self.mode == "flat":
-            return self._flat(inputs, targets.reshape(-1), scale, autocast)
+        if self.stage_by_stage:
+            return self._local(inputs, targets.reshape(-1), scale, autocast)
         with autocast:
             if self.mode == "none":
                 total = self._plain_loss(inputs, targets.reshape(-1))
@@ -85,12 +112,12 @@ class Objective:
         """Parameters in the order in which ``backward`` completes their gradients, one section per layer or head.
 
         The value is the number of times that one ``backward`` adds to a parameter's gradient: once per stage for what
-        ``flat`` shares between stages, 0 for what the mode never trains.
+        stages share that run one by one, 0 for what the mode never trains.
         """
         config, names = self.config, [name for name, _ in self.model.named_parameters()]
-        shared = config.num_stages if self.mode == "flat" else 1
+        shared = config.num_stages if self.stage_by_stage else 1
         sections: list[dict[str, int]] = []
-        stages = range(config.num_stages) if self.mode == "flat" else reversed(range(config.num_stages))
+        stages = range(config.num_stages) if self.stage_by_stage else reversed(range(config.num_stages))
         for stage in stages:
             heads = 0 if self.mode == "none" else 1
             sections.append({n: heads for n in names if n.startswith(f"lm_head_stages.{stage}.")})
@@ -103,7 +130,7 @@ class Objective:
         sections.append({n: counts.get(n, 1) for n in names if n not in seen})
         return [section for section in sections if section]
 
-    def _flat(self, ids: torch.Tensor, targets: torch.Tensor, scale: float, autocast: torch.autocast) -> torch.Tensor:
+    def _local(self, ids: torch.Tensor, targets: torch.Tensor, scale: float, autocast: torch.autocast) -> torch.Tensor:
         """Forward and backward of one stage after the other; losses ``[K]``."""
         losses = []
         with autocast:
@@ -122,14 +149,25 @@ class Objective:
         return torch.stack(losses)
 
     def _connected_losses(self, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Losses ``[K]`` of ``hier`` in one graph: every stage's gradient reaches the stages before it."""
+        """Losses ``[K]`` in one graph: of every stage's gradient, beta reaches the stage before it."""
         x0 = x = self._embed(ids)
         rotary, masks = self._inputs(x0)
         losses = []
         for stage in range(self.config.num_stages):
-            x = self._run_layers(self.config.stage_layers(stage), x, x0, ids, rotary, masks)
+            x = self._run_stage(
+                stage, x if stage == 0 else scale_gradient(x, self.gradient_flow), x0, ids, rotary, masks
+            )
             losses.append(self._stage_loss(x, stage, targets))
         return torch.stack(losses)
+
+    def _run_stage(
+        self, stage: int, x: torch.Tensor, x0: torch.Tensor, ids: torch.Tensor, rotary: Rotary, masks: Masks
+    ) -> torch.Tensor:
+        """A stage's layers; with ``recompute`` by stages only the last one, whose backward comes first, is kept."""
+        inputs = (self.config.stage_layers(stage), x, x0, ids, rotary, masks)
+        if self.recompute != "stages" or stage + 1 == self.config.num_stages:
+            return self._run_layers(*inputs)
+        return checkpoint(self.model.run_layers, *inputs, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]  # torch's
 
     def _plain_loss(self, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Loss (scalar) of ``none``: the plain path of the model, backout of the middle layer included."""
@@ -146,7 +184,7 @@ class Objective:
         self, layers: Iterable[int], x: torch.Tensor, x0: torch.Tensor, ids: torch.Tensor, rotary: Rotary, masks: Masks
     ) -> torch.Tensor:
         """The model's ``run_layers``, which keeps all activations or the states between layers."""
-        if not self.recompute:
+        if self.recompute != "layers":
             return self.model.run_layers(layers, x, x0, ids, rotary, masks)
         for layer in layers:
             run = self.model.run_layers
@@ -154,6 +192,8 @@ class Objective:
         return x
 
     def _stage_loss(self, x: torch.Tensor, stage: int, targets: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy (scalar) of a stage's head, which teaches the trunk with the weight gamma of the exit."""
+        x = scale_gradient(x, self.exit_weights[stage])
         n = rmsnorm(x, self.config.rms_norm_eps).flatten(0, 1)
         return softcap_cross_entropy(n, self.model.head_weight(stage), targets, self.config.logit_softcap)
 
@@ -171,3 +211,24 @@ class Objective:
         """Embedding stream ``[B, T, D]``; the residual stream stays fp32 where weights are bf16 replicas."""
         x0 = self.model.embed(ids)
         return x0.float() if x0.dtype == torch.bfloat16 else x0
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, factor: float) -> torch.Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad_output * ctx.factor, None
+
+
+def scale_gradient(x: torch.Tensor, factor: float) -> torch.Tensor:
+    """``x``, with its gradient times ``factor``: itself for 1, detached for 0."""
+    if factor == 1.0:
+        return x
+    if factor == 0.0:
+        return x.detach()
+    scaled: torch.Tensor = _ScaleGradient.apply(x, factor)  # type: ignore[no-untyped-call]  # torch's
+    return scaled

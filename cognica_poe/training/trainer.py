@@ -249,6 +249,8 @@ class Trainer:
         None when the run is asked to stop, found between micro-batches; ranks in a line of stages ask before a step.
         """
         training = self.recipe.training
+        if self.objective.begin(self.step / training.steps):
+            self.optimizer.arrange(self.objective.sections())
         batch = self._batch()
         if self.requests.asked() or batch is None:
             return None

@@ -6,8 +6,16 @@ from cognica_poe.modeling.blocks_cognica_poe import rmsnorm
 from tests.oracles.cross_entropy import reference_cross_entropy
 
 
-def stage_losses(model, inputs: torch.Tensor, targets: torch.Tensor) -> list[torch.Tensor]:
-    """Mean cross-entropy of every stage, or of the plain path in ``none``, from token ids ``[B, T]``."""
+def scaled(x: torch.Tensor, factor: float) -> torch.Tensor:
+    """``x``, whose gradient counts ``factor`` times."""
+    return factor * x + (1.0 - factor) * x.detach()
+
+
+def stage_losses(model, inputs: torch.Tensor, targets: torch.Tensor, flow=None, weights=None) -> list[torch.Tensor]:
+    """Mean cross-entropy of every stage, or of the plain path in ``none``, from token ids ``[B, T]``.
+
+    ``flow`` is the share of the gradient that crosses a boundary, ``weights`` what each exit's counts in the trunk.
+    """
     config, ids, targets = model.config, inputs, targets.reshape(-1)
     x0 = x = model.embed(ids)
     rotary, masks = model.rotary(torch.arange(ids.shape[1])[None]), model.masks(x0)
@@ -22,17 +30,16 @@ def stage_losses(model, inputs: torch.Tensor, targets: torch.Tensor) -> list[tor
         x = model.run_layers(range(half, config.num_hidden_layers), middle, x0, ids, rotary, masks)
         return [loss(x - model.backout_lambda * middle, model.lm_head.weight)]
     losses = []
+    flow = (0.0 if config.poe_mode == "flat" else 1.0) if flow is None else flow
     for stage in range(config.num_stages):
-        if config.poe_mode == "flat" and stage > 0:
-            x = x.detach()
-        x = model.run_layers(config.stage_layers(stage), x, x0, ids, rotary, masks)
-        losses.append(loss(x, model.head_weight(stage)))
+        x = model.run_layers(config.stage_layers(stage), scaled(x, flow) if stage else x, x0, ids, rotary, masks)
+        losses.append(loss(scaled(x, weights[stage] if weights else 1.0), model.head_weight(stage)))
     return losses
 
 
-def one_shot_loss(model, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def one_shot_loss(model, inputs: torch.Tensor, targets: torch.Tensor, flow=None, weights=None) -> torch.Tensor:
     """The objective: ``sum_k CE_k / K^(1 - alpha)``, in ``none`` the plain path's cross-entropy (scalar)."""
-    losses, config = stage_losses(model, inputs, targets), model.config
+    losses, config = stage_losses(model, inputs, targets, flow, weights), model.config
     if config.poe_mode == "none":
         return losses[0]
     return sum(losses) / config.num_stages ** (1.0 - config.poe_alpha)

@@ -134,7 +134,7 @@ def test_a_run_that_is_extended_equals_one_of_that_length(fresh):
     Trainer(recipe, whole, pipeline.open_rows(whole, recipe)).train()
     short, run = fresh("run", steps=10, **same)
     Trainer(short, run, pipeline.open_rows(run, short)).train()
-    longer = with_training(recipe, recompute=True)
+    longer = with_training(recipe, recompute="layers")
     pipeline.prepare(longer, run, lambda line: None, resume=True)
     assert pipeline.read_recipe(run) == longer
     Trainer(longer, run, pipeline.open_rows(run, longer), resume=True).train()
@@ -143,7 +143,7 @@ def test_a_run_that_is_extended_equals_one_of_that_length(fresh):
     (changed,) = [event for event in events if event["event"] == "recipe changed"]
     assert changed["step"] == 10 and changed["changes"] == {
         "training.steps": {"before": 10, "after": STEPS},
-        "training.recompute": {"before": False, "after": True},
+        "training.recompute": {"before": "off", "after": "layers"},
     }
 
 
@@ -180,7 +180,7 @@ def test_flex_attention_is_refused_on_a_processor(fresh):
 
 def test_a_run_that_recomputes_activations_has_the_same_weights(fresh):
     runs = []
-    for name, recompute in (("kept", False), ("again", True)):
+    for name, recompute in (("kept", "off"), ("again", "layers")):
         recipe, run = fresh(name, steps=3, recompute=recompute)
         trainer = Trainer(recipe, run, pipeline.open_rows(run, recipe))
         trainer.train()

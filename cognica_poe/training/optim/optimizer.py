@@ -6,7 +6,7 @@ State is keyed by parameter name, so that a checkpoint does not depend on the or
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -23,6 +23,9 @@ SLICE = 8
 
 class Optimizer(Protocol):
     """An optimiser of one process or of a rank among others; with ranks, calls are collective."""
+
+    def arrange(self, sections: Sequence[Mapping[str, int]]) -> None:
+        """From the next micro-batch on, a backward pass completes gradients in another order (``sections``)."""
 
     def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[None]:
         """Wrap the backward pass of every micro-batch; ``last`` marks that of a step."""
@@ -106,6 +109,9 @@ class MuonAdamW:
         ]
         self.adamw = FusedAdamW(groups, eps=1e-10, fused=True)
         self.muon_state: dict[str, dict[str, torch.Tensor]] = {}
+
+    def arrange(self, sections: Sequence[Mapping[str, int]]) -> None:
+        """One process takes gradients in any order."""
 
     def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[None]:
         """Wrap the backward pass of every micro-batch; ``last`` marks that of a step."""
@@ -200,6 +206,15 @@ class MuonAdamW:
 
     def _set_weight(self, name: str, full: torch.Tensor) -> None:
         self.parameters[name].copy_(full)
+
+    def own_rows(self, name: str, full: torch.Tensor) -> torch.Tensor:
+        """What this process holds of a whole tensor of a parameter's shape. Raises ValueError for another one."""
+        if name not in self.parameters or full.shape != self.shapes[name]:
+            raise ValueError(f"the model has no {name} of shape {list(full.shape)}")
+        return full
+
+    def gather_replicas(self) -> None:
+        """One process computes with the weights themselves."""
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Flat tensors named ``<parameter>.<momentum|second_moment|exp_avg|exp_avg_sq|step>``."""

@@ -45,15 +45,7 @@ class GradientReducer:
         dtype: torch.dtype,
     ):
         self.parameters, self.ranks, self.grad_sync, self.dtype = dict(parameters), ranks, grad_sync, dtype
-        self.arrivals = {name: count for section in sections for name, count in section.items()}
-        if self.arrivals.keys() != self.parameters.keys():
-            odd = sorted(self.arrivals.keys() ^ self.parameters.keys())
-            raise ValueError(f"sections and parameters differ: {', '.join(odd)}")
-        self.buckets = [
-            Bucket({name: self.parameters[name].shape for name in section}, ranks.world)
-            for section in sections
-            if any(section.values())
-        ]
+        self.arrange(sections)
         self.names = list(self.parameters)
         self.sums: dict[str, torch.Tensor] = {}
         self.present: set[str] = set()
@@ -63,6 +55,18 @@ class GradientReducer:
         for name, parameter in self.parameters.items():
             hook = partial(self._arrived, name)
             parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]  # torch's
+
+    def arrange(self, sections: Sequence[Mapping[str, int]]) -> None:
+        """Take another order of the gradients. Raises ValueError when it names other parameters."""
+        self.arrivals = {name: count for section in sections for name, count in section.items()}
+        if self.arrivals.keys() != self.parameters.keys():
+            odd = sorted(self.arrivals.keys() ^ self.parameters.keys())
+            raise ValueError(f"sections and parameters differ: {', '.join(odd)}")
+        self.buckets = [
+            Bucket({name: self.parameters[name].shape for name in section}, self.ranks.world)
+            for section in sections
+            if any(section.values())
+        ]
 
     @contextlib.contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:

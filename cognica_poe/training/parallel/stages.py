@@ -25,7 +25,7 @@ from torch import nn
 from cognica_poe.errors import UserError
 from cognica_poe.modeling.configuration_cognica_poe import CognicaPoEConfig
 from cognica_poe.modeling.modeling_cognica_poe import CognicaPoEForCausalLM
-from cognica_poe.recipe.fields import OptimizerRecipe
+from cognica_poe.recipe.fields import ObjectiveRecipe, OptimizerRecipe
 from cognica_poe.training.objective import Objective
 from cognica_poe.training.optim.optimizer import MuonAdamW, gradient_of
 from cognica_poe.training.parallel.ranks import Pending, Ranks
@@ -37,13 +37,8 @@ IN_FLIGHT = 2
 def assign_stages(config: CognicaPoEConfig, world: int) -> list[range]:
     """Stages of every rank: neighbouring ones together, the busiest rank with as little work as possible.
 
-    Raises UserError when there are more ranks than stages, or the stages are not independent.
+    Raises UserError when there are more ranks than stages.
     """
-    if config.poe_mode != "flat":
-        raise UserError(
-            f"stage-parallel training needs poe_mode flat: in {config.poe_mode!r} gradients cross stages, which then "
-            "cannot be trained apart"
-        )
     K = config.num_stages
     if world > K:
         raise UserError(f"stage-parallel training of {K} stages on {world} ranks: use at most {K} ranks")
@@ -73,11 +68,23 @@ class StageParallelObjective(Objective):
             parameters move to the meta device and no longer require gradients.
         compute_dtype: as for ``Objective``.
         ranks: this process among the others.
-        recompute: as for ``Objective``.
+        recompute, options: as for ``Objective``.
     """
 
-    def __init__(self, model: CognicaPoEForCausalLM, compute_dtype: torch.dtype, ranks: Ranks, recompute: bool = False):
-        super().__init__(model, compute_dtype, recompute)
+    def __init__(
+        self,
+        model: CognicaPoEForCausalLM,
+        compute_dtype: torch.dtype,
+        ranks: Ranks,
+        recompute: str = "off",
+        options: ObjectiveRecipe | None = None,
+    ):
+        super().__init__(model, compute_dtype, recompute, options)
+        if not self.stage_by_stage or (self.options.late_gradient_flow or 0.0) > 0.0:
+            raise UserError(
+                "stage-parallel training needs poe_mode flat without gradient flow: where gradients cross stages they "
+                "cannot be trained apart"
+            )
         self.ranks = ranks
         self.stages = assign_stages(self.config, ranks.world)[ranks.rank]
         self.under_way: list[Pending] = []
@@ -101,7 +108,7 @@ class StageParallelObjective(Objective):
         own = ("transformer.h.", "value_embeds.", "lm_head_stages.", "backout_lambda")
         return {name: p for name, p in self.model.named_parameters() if not name.startswith(own)}
 
-    def _flat(self, ids: torch.Tensor, targets: torch.Tensor, scale: float, autocast: torch.autocast) -> torch.Tensor:
+    def _local(self, ids: torch.Tensor, targets: torch.Tensor, scale: float, autocast: torch.autocast) -> torch.Tensor:
         """Losses ``[K]``: own ones times the number of ranks, others zero, so that the mean over ranks is each loss."""
         self.finished = False
         with autocast:

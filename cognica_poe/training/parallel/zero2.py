@@ -90,6 +90,10 @@ class DistMuonAdamW(MuonAdamW):
 
     # ---- a step ---------------------------------------------------------------------------------------------------
 
+    def arrange(self, sections: Sequence[Mapping[str, int]]) -> None:
+        """From the next micro-batch on, a backward pass completes gradients in the order of ``sections``."""
+        self.reducer.arrange(sections)
+
     def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[None]:
         """Wrap the backward pass of every micro-batch; ``last`` marks that of a step. Gradients are summed, so each
         micro-batch of each rank is scaled by its share of the whole batch."""
@@ -191,6 +195,10 @@ class DistMuonAdamW(MuonAdamW):
     def _set_weight(self, name: str, full: torch.Tensor) -> None:
         self.parameters[name].copy_(self._cut(name, full))
         self.replicas[name].copy_(full)
+
+    def own_rows(self, name: str, full: torch.Tensor) -> torch.Tensor:
+        """This rank's rows of a whole tensor. Raises ValueError as for ``MuonAdamW``."""
+        return self._cut(name, super().own_rows(name, full))
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """This rank's pieces of what ``MuonAdamW.state_dict`` holds; joined in rank order they are the same tensors.
