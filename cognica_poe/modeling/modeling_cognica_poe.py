@@ -73,8 +73,6 @@ class CognicaPoEForCausalLM(PreTrainedModel, PoEDecodingMixin, GenerationMixin):
         init.normal_(self.lm_head.weight, mean=0.0, std=0.001)
         for head in self.lm_head_stages:
             init.zeros_(head.up.weight if isinstance(head, LowRankHead) else head.weight)
-            if isinstance(head, LowRankHead):
-                init.uniform_(head.down.weight, -bound, bound)
         for embedding in self.value_embeds.parameters():
             init.uniform_(embedding, -bound, bound)
         lambdas = (self.resid_lambdas, config.resid_lambda_init), (self.x0_lambdas, config.x0_lambda_init)
@@ -93,6 +91,9 @@ class CognicaPoEForCausalLM(PreTrainedModel, PoEDecodingMixin, GenerationMixin):
                 init.uniform_(attention.ve_gate.weight, 0.0, 0.02)
             init.uniform_(mlp.c_fc.weight, -0.4 * bound, 0.4 * bound)
             init.zeros_(mlp.c_proj.weight)
+        for head in self.lm_head_stages:  # last: the trunk is the same for every kind of heads
+            if isinstance(head, LowRankHead):
+                init.uniform_(head.down.weight, -bound, bound)
 
     def __getstate__(self) -> dict:
         """What a copy or a pickle gets: all but the weights arranged for decoding, which are this object's alone."""
