@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 
 from cognica_poe.errors import UserError
-from cognica_poe.recipe.fields import OptimizerRecipe
+from cognica_poe.recipe.fields import ObjectiveRecipe, OptimizerRecipe
 from cognica_poe.training.objective import Objective
 from cognica_poe.training.optim.optimizer import MuonAdamW
 from cognica_poe.training.parallel.ranks import Ranks
@@ -202,5 +202,16 @@ def test_stages_are_shared_out_by_work():
     assert assign_stages(even, 2) == [range(0, 2), range(2, 4)]
     with pytest.raises(UserError, match="at most 4 ranks"):
         assign_stages(even, 5)
-    with pytest.raises(UserError, match="needs poe_mode flat"):
-        assign_stages(make_model(poe_mode="hier").config, 2)
+
+
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [
+        ("hier", ObjectiveRecipe()),
+        ("flat", ObjectiveRecipe(gradient_flow=0.3)),
+        ("flat", ObjectiveRecipe(late_gradient_flow=1.0)),
+    ],
+)
+def test_stages_that_send_gradients_are_not_trained_apart(mode, options):
+    with pytest.raises(UserError, match="needs poe_mode flat without gradient flow"):
+        StageParallelObjective(make_model(poe_mode=mode), torch.float32, Ranks(0, 2), options=options)
