@@ -21,7 +21,6 @@ from torch import Tensor
 
 from cognica_poe.analysis.bits_per_byte import measure_paths
 from cognica_poe.analysis.bootstrap import Bootstrap, Interval
-from cognica_poe.modeling.blocks_cognica_poe import LowRankHead
 
 if TYPE_CHECKING:
     from cognica_poe.data.tokenizer import Tokenizer
@@ -151,8 +150,7 @@ def perturb_heads(
 
 @contextlib.contextmanager
 def _scaled_heads(model: CognicaPoEForCausalLM, stages: Sequence[int], beta: float) -> Iterator[None]:
-    heads = [model.lm_head_stages[stage] for stage in stages]
-    weights = [head.up.weight if isinstance(head, LowRankHead) else head.weight for head in heads]
+    weights = [model.stage_factor(stage) for stage in stages]
     kept = [weight.detach().clone() for weight in weights]
     try:
         with torch.no_grad():

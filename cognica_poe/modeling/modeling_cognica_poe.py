@@ -71,8 +71,8 @@ class CognicaPoEForCausalLM(PreTrainedModel, PoEDecodingMixin, GenerationMixin):
         config, bound = self.config, math.sqrt(3.0 / self.config.hidden_size)
         init.normal_(self.transformer.wte.weight, mean=0.0, std=0.8)
         init.normal_(self.lm_head.weight, mean=0.0, std=0.001)
-        for head in self.lm_head_stages:
-            init.zeros_(head.up.weight if isinstance(head, LowRankHead) else head.weight)
+        for stage in range(len(self.lm_head_stages)):
+            init.zeros_(self.stage_factor(stage))
         for embedding in self.value_embeds.parameters():
             init.uniform_(embedding, -bound, bound)
         lambdas = (self.resid_lambdas, config.resid_lambda_init), (self.x0_lambdas, config.x0_lambda_init)
@@ -151,6 +151,11 @@ class CognicaPoEForCausalLM(PreTrainedModel, PoEDecodingMixin, GenerationMixin):
     def stage_weight(self, stage: int) -> torch.Tensor:
         """A stage's own head ``[V, D]``, which adds to the shared one."""
         return cast(nn.Linear | LowRankHead, self.lm_head_stages[stage]).weight
+
+    def stage_factor(self, stage: int) -> torch.Tensor:
+        """The parameter that a stage's own head scales with: its matrix, or the upper one of two."""
+        head = cast(nn.Linear | LowRankHead, self.lm_head_stages[stage])
+        return head.up.weight if isinstance(head, LowRankHead) else head.weight
 
     def head_weight(self, stage: int) -> torch.Tensor:
         """Folded head ``lm_head + lm_head_stages[stage]``, ``[V, D]``: one product instead of two."""
