@@ -75,11 +75,11 @@ def report(tokens: int = 20 * MILLION, results: Path = RESULTS, out: Path = RESU
         results: Where results are kept.
         out: The file to write.
     """
-    from benchmarks.gap.arms import TOKENS_PER_STEP
+    from benchmarks.gap.arms import TOKENS_PER_STEP, steps_of
     from benchmarks.gap.report import write_summary
     from cognica_poe.cli.output import print_table
 
-    found = write_summary(results, tokens // TOKENS_PER_STEP * TOKENS_PER_STEP, out)
+    found = write_summary(results, steps_of(tokens) * TOKENS_PER_STEP, out)
     if gate := found["gate"]:
         passed = "passes" if gate["passed"] else "does not pass"
         print(f"gate {passed}: {gate['shallow_bpb']:.4f} against {gate['full_bpb']:.4f} BPB, {_percent(gate)}")

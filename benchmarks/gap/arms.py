@@ -1,7 +1,7 @@
 """The arms of the study: one shape, one order of data, one optimiser; what differs is how the stages learn.
 
-``C`` are controls, ``T`` are trials. Every arm but C0 and C2 has the same parameters, and for one seed the same initial
-trunk and the same rows.
+``C`` are controls, ``T`` are trials. All arms of a seed read the same rows; those in four stages (all but C0, C2, T9)
+have the same parameters and begin with the same weights.
 """
 
 from __future__ import annotations
@@ -118,6 +118,11 @@ class Job:
         return f"{self.arm}-{self.tokens / MILLION:g}M{rates}-s{self.seed}"
 
 
+def steps_of(tokens: int) -> int:
+    """Steps that read at least ``tokens`` tokens."""
+    return -(-tokens // TOKENS_PER_STEP)
+
+
 def base_recipe(text: str, seed: int) -> Recipe:
     """Data and shape that all arms of a seed share; every seed reads the rows in an order of its own."""
     return Recipe(
@@ -143,7 +148,7 @@ def base_recipe(text: str, seed: int) -> Recipe:
 def recipe_of(job: Job, text: str) -> Recipe:
     """The recipe of a job: its run has its own warm-up and its own end of warm-down."""
     arm, base = ARMS[job.arm], base_recipe(text, job.seed)
-    steps = job.tokens // TOKENS_PER_STEP
+    steps = steps_of(job.tokens)
     training = dataclasses.replace(
         base.training,
         steps=steps,

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gap.arms import TOKENS_PER_STEP, Job
+from benchmarks.gap.arms import TOKENS_PER_STEP, Job, steps_of
 from cognica_poe.analysis.bits_per_byte import measure_paths
 from cognica_poe.analysis.speculative import choose_prompts, measure_acceptance
 from cognica_poe.bench.memory import peak_bytes
@@ -38,7 +38,7 @@ def evaluate(
     options = {"new_tokens": NEW_TOKENS, "draft_length": DRAFT_LENGTH}
     drafted = [measure_acceptance(model, [prompt], **options) for prompt in prompts]
     log(f"drafted for {len(prompts)} prompts")
-    steps = job.tokens // TOKENS_PER_STEP
+    steps = steps_of(job.tokens)
     costs = Costs(recipe)
     return {
         "job": job.name,

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.gap.arms import ARMS
+from cognica_poe.analysis.gap import compute_factor, depth_yield
 from cognica_poe.errors import UserError
 from cognica_poe.files import read_json, write_json
 
@@ -145,11 +146,10 @@ class Comparison:
     def depth_yield(self, arm: str) -> float | None:
         """R: which part of what backprop gains by depth the arm gains."""
         mine, control = self.pairs(arm, "C1")
-        shallow = self.by_arm["C2"]
+        shallow = self.by_arm["C2"].values()
         if not mine or not shallow:
             return None
-        flat = np.mean([bpb(result) for result in shallow.values()])
-        return float((flat - np.mean([bpb(r) for r in mine])) / (flat - np.mean([bpb(r) for r in control])))
+        return depth_yield(*(float(np.mean([bpb(r) for r in part])) for part in (shallow, control, mine)))
 
     def gate(self) -> dict[str, Any] | None:
         """Stage 0's depth against all of it, both by backprop (C2 against C0)."""
@@ -185,6 +185,7 @@ class Comparison:
             "stage0_bpb": float(np.mean([bpb(r, "stage0") for r in results])),
             "stage0_gap_to_C2": self.gap(arm, "C2", "stage0"),
             "depth_yield": self.depth_yield(arm),
+            "compute_factor": compute_factor(gap["value"], results[0]["parameters"], results[0]["tokens"]),
             "agreement": None if results[0]["agreement"] is None else float(np.mean([r["agreement"] for r in results])),
             "acceptance": accepted and accepted[0],
             "acceptance_ratio": accepted and accepted[1],
