@@ -1,8 +1,8 @@
 """A gap between two trainings as compute, and what depth yields.
 
-Chinchilla's fit (Hoffmann et al. 2022, arXiv 2203.15556, approach 3) gives the loss of ordinary backprop at N parameters
-and D tokens, ``L = E + A / N^a + B / D^b`` in nats per token of their data. A relative gap says how much smaller, in
-parameters and tokens alike, the backprop model would be that is as far behind: ``m`` times less compute.
+Chinchilla's fit (Hoffmann et al. 2022, arXiv 2203.15556, approach 3) gives the loss of ordinary backprop at N
+parameters and D tokens, ``L = E + A / N^a + B / D^b`` in nats per token of their data. A relative gap says how much
+smaller, in parameters and tokens alike, the backprop model would be that is as far behind: ``m`` times less compute.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ LARGEST = 1e6
 
 def loss(parameters: float, tokens: float) -> float:
     """The fit, in nats per token."""
-    return E + A / parameters**ALPHA + B / tokens**BETA
+    return E + A * math.pow(parameters, -ALPHA) + B * math.pow(tokens, -BETA)
 
 
 def compute_factor(gap: float, parameters: int, tokens: int) -> float:

@@ -141,8 +141,13 @@ def _objective_misfits(recipe: Recipe) -> Iterator[str]:
         yield "training.objective.error-feedback corrects a delay: add --training.objective.gradient-delay 1"
     if recipe.training.recompute == "stages" and max(flows) == 0.0:
         yield "training.recompute stages is for gradients that cross stages; without them each stage is freed anyway"
-    if recipe.training.ranks.parallel == "stages" and max(flows) > 0.0:
-        yield "training.ranks.parallel stages needs a gradient flow of 0: where gradients cross, stages are not apart"
+    if recipe.training.ranks.parallel == "stages" and max(flows) > 0.0 and not objective.gradient_delay:
+        yield (
+            "training.ranks.parallel stages needs a gradient flow of 0 or --training.objective.gradient-delay 1: where "
+            "gradients cross at once, stages wait for each other"
+        )
+    if recipe.training.ranks.parallel == "stages" and objective.error_feedback:
+        yield "training.objective.error-feedback is not made for training.ranks.parallel stages: use rows"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,7 @@ from cognica_poe.recipe.fields import ModelRecipe, RanksRecipe, Recipe
 from cognica_poe.training.objective import Objective
 from cognica_poe.training.optim.delay import with_delay
 from cognica_poe.training.optim.optimizer import MuonAdamW, Optimizer
+from cognica_poe.training.parallel.delayed import DelayedStageMuonAdamW, DelayedStageObjective
 from cognica_poe.training.parallel.ranks import Ranks
 from cognica_poe.training.parallel.stages import StageParallelMuonAdamW, StageParallelObjective
 from cognica_poe.training.parallel.zero2 import DistMuonAdamW
@@ -64,6 +65,10 @@ def build_objective_and_optimizer(
     """
     training = recipe.training
     batch_tokens = training.batch_rows * recipe.model.max_position_embeddings
+    if works_by_stages(recipe, ranks) and training.objective.gradient_delay:
+        micro_batches = training.batch_rows // training.micro_rows
+        late = DelayedStageObjective(model, compute_dtype, ranks, micro_batches, training.recompute, training.objective)
+        return late, DelayedStageMuonAdamW(late, training.optimizer, batch_tokens)
     if works_by_stages(recipe, ranks):
         staged = StageParallelObjective(model, compute_dtype, ranks, training.recompute, training.objective)
         return staged, StageParallelMuonAdamW(staged, training.optimizer, batch_tokens)

@@ -16,7 +16,8 @@ them, and its own of its stages. Layers, value embeddings and heads of other ran
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -60,6 +61,36 @@ def _busiest(work: list[int], cuts: tuple[int, ...]) -> int:
     return max(sum(work[first:last]) for first, last in itertools.pairwise(edges))
 
 
+def drop_other_stages(model: CognicaPoEForCausalLM, stages: range) -> None:
+    """Free what only stages beside ``stages`` need: those parameters move to the meta device and are not trained."""
+    config = model.config
+    for stage in range(config.num_stages):
+        if stage in stages:
+            continue
+        layers = config.stage_layers(stage)
+        parts = [model.get_submodule(f"transformer.h.{layer}") for layer in layers]
+        parts += [model.value_embeds[str(i)] for i in layers if str(i) in model.value_embeds]
+        parts += [model.lm_head_stages[stage]] if config.per_stage_head else []
+        for part in parts:
+            part.to_empty(device="meta").requires_grad_(False)
+
+
+def shared_parameters(model: CognicaPoEForCausalLM) -> dict[str, nn.Parameter]:
+    """What every stage uses: embedding, smear, lambdas, the shared head."""
+    own = ("transformer.h.", "value_embeds.", "lm_head_stages.", "backout_lambda")
+    return {name: p for name, p in model.named_parameters() if not name.startswith(own)}
+
+
+def sum_over_ranks(parameters: Sequence[nn.Parameter]) -> None:
+    """Sum the gradients of ``parameters`` over all ranks, in one exchange; a missing one counts as zero."""
+    gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    dist.all_reduce(flat)
+    parts = torch.split(flat, [p.numel() for p in parameters])
+    for parameter, part in zip(parameters, parts, strict=True):
+        parameter.grad = part.view_as(parameter)
+
+
 class StageParallelObjective(Objective):
     """``flat`` on the stages of one rank; a micro-batch must be given to all ranks in the same order.
 
@@ -82,31 +113,18 @@ class StageParallelObjective(Objective):
         super().__init__(model, compute_dtype, recompute, options)
         if not self.stage_by_stage or (self.options.late_gradient_flow or 0.0) > 0.0:
             raise UserError(
-                "stage-parallel training needs poe_mode flat without gradient flow: where gradients cross stages they "
-                "cannot be trained apart"
+                "stage-parallel training needs poe_mode flat without gradient flow, or gradients that come a step late "
+                "(--training.objective.gradient-delay 1): where gradients cross stages they wait for each other"
             )
         self.ranks = ranks
         self.stages = assign_stages(self.config, ranks.world)[ranks.rank]
         self.under_way: list[Pending] = []
         self.finished = False
-        self._drop_other_stages()
-
-    def _drop_other_stages(self) -> None:
-        model, config = self.model, self.config
-        for stage in range(config.num_stages):
-            if stage in self.stages:
-                continue
-            layers = config.stage_layers(stage)
-            parts = [model.get_submodule(f"transformer.h.{layer}") for layer in layers]
-            parts += [model.value_embeds[str(i)] for i in layers if str(i) in model.value_embeds]
-            parts += [model.lm_head_stages[stage]] if config.per_stage_head else []
-            for part in parts:
-                part.to_empty(device="meta").requires_grad_(False)
+        drop_other_stages(model, self.stages)
 
     def shared(self) -> dict[str, nn.Parameter]:
         """Parameters that stages of several ranks add to: embedding, smear, lambdas, the shared head."""
-        own = ("transformer.h.", "value_embeds.", "lm_head_stages.", "backout_lambda")
-        return {name: p for name, p in self.model.named_parameters() if not name.startswith(own)}
+        return shared_parameters(self.model)
 
     def _local(self, ids: torch.Tensor, targets: torch.Tensor, scale: float, autocast: torch.autocast) -> torch.Tensor:
         """Losses ``[K]``: own ones times the number of ranks, others zero, so that the mean over ranks is each loss."""
@@ -155,13 +173,20 @@ class StageParallelObjective(Objective):
         if self.ranks.world == 1 or self.finished:
             return
         self.finished = True
-        parameters = list(self.shared().values())
-        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
-        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        dist.all_reduce(flat)
-        parts = torch.split(flat, [p.numel() for p in parameters])
-        for parameter, part in zip(parameters, parts, strict=True):
-            parameter.grad = part.view_as(parameter)
+        sum_over_ranks(list(self.shared().values()))
+
+
+class StageObjective(Protocol):
+    """What the optimiser needs of an objective on the stages of one rank."""
+
+    model: CognicaPoEForCausalLM
+    ranks: Ranks
+
+    def shared(self) -> dict[str, nn.Parameter]:
+        """Parameters that stages of several ranks add to."""
+
+    def finish(self) -> None:
+        """After the last micro-batch of a step: make the gradients whole that are to be applied."""
 
 
 class StageParallelMuonAdamW(MuonAdamW):
@@ -171,7 +196,7 @@ class StageParallelMuonAdamW(MuonAdamW):
     rank, those that are shared on the first.
     """
 
-    def __init__(self, objective: StageParallelObjective, recipe: OptimizerRecipe, batch_tokens: int):
+    def __init__(self, objective: StageObjective, recipe: OptimizerRecipe, batch_tokens: int):
         self.objective = objective
         super().__init__(objective.model, recipe, batch_tokens)
 
