@@ -38,7 +38,13 @@ class Costs:
             model = build_model(recipe.model)
         self.config: CognicaPoEConfig = model.config
         self.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        self.sections = Objective(model).sections()
+        training = recipe.training
+        objective = Objective(model, options=training.objective)
+        objective.begin(0.0 if training.objective.late_from else 1.0)
+        self.sections = objective.sections()
+        flows = [training.objective.flow(recipe.model.poe_mode, share) for share in (0.0, 1.0)]
+        self.connected = recipe.model.poe_mode != "none" and max(flows) > 0.0
+        """Gradients cross stages, at the end of the run at least."""
         self.matrices = [shape for name, shape in self.shapes.items() if group_of(name) == "muon"]
         self.others = [shape for name, shape in self.shapes.items() if group_of(name) != "muon"]
         self.muon_parameters = sum(map(math.prod, self.matrices))
@@ -73,21 +79,28 @@ class Costs:
         return kept + casts + (c * kd if config.has_value_embedding(layer) else 0)
 
     def live_layers(self) -> range:
-        """Layers whose activations are held at once: the largest stage's in ``flat``, all of them otherwise."""
+        """Layers whose activations are held at once: the largest stage's where stages run one by one or again."""
         stages = [self.config.stage_layers(k) for k in range(self.config.num_stages)]
-        return max(stages, key=len) if self.config.poe_mode == "flat" else range(self.config.num_hidden_layers)
+        one_by_one = self.recipe.training.recompute == "stages" if self.connected else self.config.poe_mode != "none"
+        return max(stages, key=len) if one_by_one else range(self.config.num_hidden_layers)
 
     def activations(self, rows: int, dtype_bytes: int, device: str = "cuda") -> list[Figure]:
         """Bytes of the activations and scratch of a micro-batch of ``rows`` rows, by part."""
         config, layers, c = self.config, self.live_layers(), dtype_bytes
         D, V, R = config.hidden_size, config.vocab_size, rows * config.max_position_embeddings
-        heads = config.num_stages if config.poe_mode == "hier" else 1
+        heads = config.num_stages if self.connected else 1
         chunk = chunk_rows(R, V, torch.device(device))
         block = block_rows(chunk, V, torch.device(device))
         per_layer = [self.layer_bytes(layer, c) for layer in layers]
         formula = "R (4 (3 D + qd + kd) + c (2 D + 2 qd + 2 kd + 2 I)) per layer, + casts, + c R kd per value embedding"
         kept, logits = R * sum(per_layer), V * (chunk * c + block * 8)
-        if self.recipe.training.recompute != "off":  # a layer's own come back when the logits have gone
+        if self.recipe.training.recompute == "stages":  # an earlier stage's own come back when the logits have gone
+            *others, last = [
+                sum(self.layer_bytes(i, c) for i in config.stage_layers(k)) for k in range(config.num_stages)
+            ]
+            kept = R * 4 * D * config.num_stages + max(R * last, R * max(others, default=0) - logits)
+            formula += ", of the last stage or of what an earlier one's exceed the logits by, + 4 R D per stage"
+        if self.recipe.training.recompute == "layers":  # a layer's own come back when the logits have gone
             kept = R * 4 * D * len(layers) + max(0, R * max(per_layer) - logits)
             formula = "4 R D per layer, + what one layer's own exceed the logits by"
         return [
@@ -118,7 +131,9 @@ class Costs:
         """The trunk's second forward where activations are not kept; no part of ``flops_per_token``."""
         heads = 1 if self.config.poe_mode == "none" else self.config.num_stages
         trunk = self.flops_per_token() - 6 * heads * self.config.vocab_size * self.config.hidden_size
-        return trunk // 3 if self.recipe.training.recompute != "off" else 0
+        again = {"off": 0, "layers": self.config.num_hidden_layers}
+        again["stages"] = self.config.num_hidden_layers - self.config.poe_stage_layers[-1]
+        return trunk * again[self.recipe.training.recompute] // (3 * self.config.num_hidden_layers)
 
     def newton_schulz_flops(self) -> list[int]:
         """Of every matrix: ``steps x (4 m^2 n + 2 m^3)`` with m the shorter side."""

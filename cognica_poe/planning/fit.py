@@ -38,7 +38,7 @@ def fit_micro_rows(recipe: Recipe, world: int, log: Callable[[str], None]) -> Re
     wanted, room = _gib(planner, training.micro_rows), f"of the {planner.usable / GIB:.0f} GiB that may be filled"
     what = f"memory: micro-batches of {training.micro_rows} rows are expected to take {wanted:.0f} GiB {room}"
     if not planner.fits(rows):
-        hint = "" if training.recompute else "--training.recompute, "
+        hint = "--training.recompute layers, " if training.recompute == "off" else ""
         still = f"{rows} rows still {_gib(planner, rows):.0f} GiB"
         log(f"{what}, and {still}; {hint}more ranks or a smaller model would help")
     else:

@@ -54,5 +54,6 @@ def full_memory_explained(micro_rows: int) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         lower = f"--training.micro-rows below {micro_rows} or " if micro_rows > 1 else ""
         raise UserError(
-            f"the memory of the GPU is full: train with {lower}--training.recompute, and --resume after a checkpoint"
+            f"the memory of the GPU is full: train with {lower}--training.recompute layers, and --resume after a "
+            "checkpoint"
         ) from error

@@ -230,7 +230,7 @@ def paths() -> dict[str, Callable[[Watch, Path], dict[str, Any]]]:
         "train flat, released": lambda watch, run: train(watch, run, released=True),
         "train hier": lambda watch, run: train(watch, run, "hier"),
         "train none, released": lambda watch, run: train(watch, run, "none", released=True),
-        "train flat, recomputed": lambda watch, run: train(watch, run, recompute=True),
+        "train flat, recomputed": lambda watch, run: train(watch, run, recompute="layers"),
         "train flat, flex_attention": lambda watch, run: train(watch, run, attention="flex_attention"),
         "train from weights": start_from_weights,
         "resume": resume,

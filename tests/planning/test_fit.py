@@ -61,8 +61,10 @@ def test_where_not_one_row_fits_the_line_says_what_would_help(gpu):
     gpu(24)
     found, (line,) = fitted(BIG)
     assert found.training.micro_rows == 1
-    assert "and 1 rows still" in line and "--training.recompute, more ranks or a smaller model would help" in line
-    assert "--training.recompute" not in fitted(with_training(BIG, recompute=True))[1][0]
+    assert (
+        "and 1 rows still" in line and "--training.recompute layers, more ranks or a smaller model would help" in line
+    )
+    assert "--training.recompute" not in fitted(with_training(BIG, recompute="layers"))[1][0]
 
 
 def test_ranks_by_stages_are_left_alone(gpu):

@@ -112,9 +112,11 @@ def test_step_time_is_work_over_rate():
 # ---- against measurement -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recompute", ["off", "layers"])
+@pytest.mark.parametrize(
+    ("mode", "recompute"),
+    [("hier", "stages"), *((mode, kept) for mode in ("flat", "hier", "none") for kept in ("off", "layers"))],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("mode", ["flat", "hier", "none"])
 def test_activations_match_the_allocators_peak(mode, dtype, recompute):
     recipe = small(mode, (5,) if mode == "none" else (3, 1, 1), width=192, length=128)
     recipe = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, recompute=recompute))
