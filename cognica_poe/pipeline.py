@@ -7,10 +7,11 @@ goes on where it stopped.
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cognica_poe.analysis.record import AnalysisRecord, MadeFrom, load_records, read_record, record_path
 from cognica_poe.data.build import build
@@ -32,6 +33,9 @@ from cognica_poe.training.initial import Source, open_source, read_origin
 from cognica_poe.training.journal import Journal
 from cognica_poe.training.lineage import require_data, require_parts, require_tokenizer
 from cognica_poe.training.precision import default_device
+
+if TYPE_CHECKING:
+    from cognica_poe.release.publish.revisions import Publication
 
 Log = Callable[[str], None]
 _FIRST_PARTS = ("data", "tokenizer", "rows", INITIAL, "events.jsonl")
@@ -257,24 +261,38 @@ def _started_from(run: Path) -> dict[str, Any]:
     return {"started_from": dataclasses.asdict(origin)} if origin else {}
 
 
-def publish_run(run: Path, recipe: Recipe, steps: Sequence[int], log: Log) -> None:
-    """Publish measured steps into the run's own Hub cache folder, ``release/hub``.
+def publish_run(
+    run: Path, recipe: Recipe, steps: Sequence[int], log: Log, to: str | None = None, replace: bool = True
+) -> Publication:
+    """Publish measured steps: into the run's own Hub cache folder, ``release/hub``, or ``to`` another place.
 
-    Of steps with the same weights (no step between them changed any) the first is published.
+    Of steps with the same weights (no step between them changed any) the first is published. ``to`` and ``replace`` are
+    those of ``release.publish.revisions.publish``.
     """
     from cognica_poe.release.export import WEIGHTS
     from cognica_poe.release.publish.revisions import publish
 
     folders: dict[str, Path] = {}
-    for step in steps:
+    for step in sorted(steps):
         folder = Path(run) / "release" / f"step-{step}"
-        first = folders.setdefault(Manifest.read(folder).digests[WEIGHTS], folder)
+        first = folders.setdefault(Manifest.read(folder).digests.get(WEIGHTS, folder.name), folder)
         if first != folder:
             reason = f"it holds the weights of {first.name}"
             log(f"step {step} is not published: {reason}")
-            Journal(run / "events.jsonl", True).write({"event": "release left out", "step": step, "reason": reason})
-    hub = Path(run) / "release" / "hub"
-    publish(list(folders.values()), f"file:{hub}", recipe.release.repo_id, replace=True, log=log)
+            if to is None:
+                Journal(run / "events.jsonl", True).write({"event": "release left out", "step": step, "reason": reason})
+    own = f"file:{Path(run) / 'release' / 'hub'}"
+    repo_id = recipe.release.repo_id if to is None or to.startswith("file:") else None
+    return publish(list(folders.values()), to or own, repo_id, replace=replace, log=log)
+
+
+def exported_steps(run: Path) -> list[int]:
+    """Steps with a release folder. Raises UserError for a folder ``step-...`` of no step."""
+    folders = sorted((Path(run) / "release").glob("step-*"))
+    for folder in folders:
+        if not re.fullmatch(r"step-(0|[1-9][0-9]{0,17})", folder.name):
+            raise UserError(f"{folder} is named like a release and is of no step: move it elsewhere")
+    return sorted(int(folder.name.removeprefix("step-")) for folder in folders)
 
 
 def checkpoint_model(run: Path, recipe: Recipe, step: int, log: Log = lambda line: None) -> Any:

@@ -33,17 +33,15 @@ def publish(run: RunFolder, to: str, replace: Flag = False, json: Flag = False) 
     Args:
         run: Run folder.
         to: org/name on the Hub (token from HF_TOKEN), or file:FOLDER for a local Hub cache folder.
-        replace: Allow a step to be published again with other content.
+        replace: Allow a step to be published again with other content, and files in the way that were not written by
+            cognica-poe, or changed since, to be replaced; what others wrote stays otherwise.
         json: Print one JSON document.
     """
     from cognica_poe import pipeline
-    from cognica_poe.release.publish.revisions import publish as publish_folders
 
     recipe = pipeline.read_recipe(run)
     pipeline.sweep_run(run)
-    folders = sorted((run / "release").glob("step-*"))
-    repo_id = recipe.release.repo_id if to.startswith("file:") else None
-    done = publish_folders(folders, to, repo_id, replace=replace, log=log)
+    done = pipeline.publish_run(run, recipe, pipeline.exported_steps(run), log, to, replace)
     if json:
         return print_json(dataclasses.asdict(done))
     rows = [[f"step-{step}", commit] for step, commit in done.revisions.items()]

@@ -44,6 +44,7 @@ from cognica_poe.release.publish.tree import (
 )
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _WAIT = 600.0  # seconds for another process to finish publishing here
 
 
@@ -124,7 +125,7 @@ class HubFolder:
 
     def check(self, ref: str, tree: Tree) -> None:
         """Raise UserError when ``ref`` holds files that ``tree`` may not replace."""
-        for commit in {self.refs([ref]).get(ref), content_id(_manifest(tree))}:
+        for commit in (self._head(ref), content_id(_manifest(tree))):
             require_ours(self._change(commit, tree), self._replace, f"{ref} at {self.where}")
 
     def holds(self, commit: str, tree: Tree) -> bool:
@@ -140,7 +141,7 @@ class HubFolder:
         commit, digests = content_id(manifest), Manifest.parse(manifest, f"{MANIFEST} of {ref}").digests
         ref = safe_name(ref, "reference")
         kept: dict[str, Path] = {}
-        for earlier in (self.refs([ref]).get(ref), commit):
+        for earlier in (self._head(ref), commit):
             change = self._change(earlier, tree)
             if said := require_ours(change, self._replace, f"{ref} at {self.where}"):
                 self._log(said)
@@ -157,6 +158,12 @@ class HubFolder:
             verify_manifest(self.snapshot(commit))
             write_bytes(self.base / "refs" / ref, commit.encode())
         return commit
+
+    def _head(self, ref: str) -> str | None:
+        """The commit of one reference, None where it is missing or damaged."""
+        file = self.base / "refs" / ref
+        text = file.read_text(encoding="utf-8", errors="replace").strip() if file.is_file() else ""
+        return text if _COMMIT.fullmatch(text) else None
 
     def _held(self, commit: str | None) -> dict[str, Path]:
         """Files and links of a revision by name; none where it is not there."""
@@ -176,6 +183,9 @@ class HubFolder:
             written = wanted
         elif MANIFEST in held and held[MANIFEST].is_file():
             written = written_by_us(held[MANIFEST].read_bytes())
+        links = {name: _blob_of(held[name]) for name in held.keys() & wanted.keys()}
+        if not written and (links.get(MANIFEST) or links.get("config.json")):  # ours, with a damaged manifest
+            written = {name: blob for name, blob in links.items() if blob}
 
         def same(name: str) -> bool:
             return held[name].is_file() and sha256_file(held[name]) == wanted[name]
@@ -223,6 +233,12 @@ def resolve_revision(folder: Path, repo_id: str, revision: str = "main") -> Path
 
 def _link(blob: str) -> str:
     return os.path.join("..", "..", "blobs", blob)
+
+
+def _blob_of(entry: Path) -> str | None:
+    """sha256 in the link to a blob of ours. The Hub's client has that for large files alone, a git SHA-1 for others."""
+    blob = os.readlink(entry).rpartition("/")[2] if entry.is_symlink() else ""
+    return blob if _SHA256.fullmatch(blob) and os.readlink(entry) == _link(blob) else None
 
 
 def _manifest(tree: Tree) -> bytes:

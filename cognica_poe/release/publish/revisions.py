@@ -113,6 +113,8 @@ def _publish_checked(
         raise UserError("nothing to publish: pass at least one release folder")
     releases: dict[int, Release] = {}
     for release in checked:
+        if not _STEP.fullmatch(f"step-{release.step}"):
+            raise UserError(f"{release.path} is of step {release.step}: no run has that many, export it again")
         if release.step in releases:
             raise UserError(f"{releases[release.step].path} and {release.path} are both of step {release.step}")
         releases[release.step] = release
