@@ -1,7 +1,6 @@
 """Healthy runs go on, spikes leave no trace, and what cannot go on ends with advice that works."""
 
 import dataclasses
-import json
 import math
 import random
 import re
@@ -17,6 +16,7 @@ from cognica_poe.recipe.fields import GuardRecipe
 from cognica_poe.recipe.stored import save_recipe
 from cognica_poe.training.checkpoint import CheckpointFolder
 from cognica_poe.training.guard import SpikePolicy, StepGuard
+from cognica_poe.training.journal import read_records
 from cognica_poe.training.trainer import Trainer
 from tests.gloo import run_ranks
 from tests.runs import small_recipe, with_training, write_texts
@@ -158,12 +158,11 @@ def make(data, run, recipe, resume=False):
 
 
 def events(run, *kinds):
-    lines = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["event"] in kinds]
+    return [line for line in read_records(run / "events.jsonl") if line["event"] in kinds]
 
 
 def losses(run):
-    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in read_records(run / "metrics.jsonl")]
 
 
 @pytest.fixture
@@ -200,12 +199,13 @@ def poisoned(ranks, run, where):
     one_step = trainer._train_step
 
     def poison():
-        one_step()
+        done = one_step()
         if trainer.step == 5 and ranks.rank == ranks.world - 1:
             table = trainer.optimizer.parameters["transformer.wte.weight"]
             target = table if where == "weight" else trainer.optimizer.adamw.state[table]["exp_avg_sq"]
             with torch.no_grad():
                 target[-1, 3] = math.nan if where == "weight" else math.inf
+        return done
 
     trainer._train_step = poison
     try:

@@ -13,6 +13,7 @@ from cognica_poe.recipe.stored import save_recipe
 from cognica_poe.training import trainer as trainer_module
 from cognica_poe.training.build import build_model
 from cognica_poe.training.checkpoint import CheckpointFolder
+from cognica_poe.training.journal import read_records
 from cognica_poe.training.parallel.ranks import Ranks
 from cognica_poe.training.trainer import Trainer
 from tests.gloo import run_ranks
@@ -60,7 +61,7 @@ def train(ranks, run, factors, alone=False, in_flight=0, resume=False):
 
     def recorded():
         history.append((trainer.step, {n: p.detach().clone() for n, p in trainer.model.named_parameters()}))
-        one_step()
+        return one_step()
 
     trainer._train_step = recorded
     try:
@@ -71,8 +72,7 @@ def train(ranks, run, factors, alone=False, in_flight=0, resume=False):
 
 
 def events(run):
-    lines = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["event"] not in ("start", "end", "resume")]
+    return [line for line in read_records(run / "events.jsonl") if line["event"] not in ("start", "end", "resume")]
 
 
 def metric_steps(run):
@@ -169,10 +169,11 @@ def diverge(ranks, run):
     one_step = trainer._train_step
 
     def flip():
-        one_step()
+        done = one_step()
         if trainer.step == 4 and ranks.rank == 2:
             with torch.no_grad():
                 trainer.model.lm_head.weight.view(torch.int32)[7, 3] ^= 1
+        return done
 
     trainer._train_step = flip
     try:

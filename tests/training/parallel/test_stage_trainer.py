@@ -32,8 +32,7 @@ def train(ranks, run, distributed, resume, steps=None):
         one = trainer._train_step
 
         def step():
-            one()
-            trainer._stop = trainer.step >= steps
+            return one() and trainer.step < steps
 
         trainer._train_step = step
     try:
