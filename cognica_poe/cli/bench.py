@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal
 
 from cognica_poe.cli.arguments import Checkpoint, Count, Counts, Flag, Length, Share
 from cognica_poe.cli.output import print_json, print_table
@@ -12,7 +12,6 @@ from cognica_poe.errors import UserError
 from cognica_poe.recipe.fields import Range
 
 Mode = Literal["none", "flat", "hier"]
-Vocabulary: TypeAlias = Annotated[int, Range(1, 2**20)]
 Dtype = Literal["float32", "bfloat16"]
 
 
@@ -26,7 +25,7 @@ def bench_train(
     steps: Count = 2,
     rows: Count = 32,
     micro_rows: Count = 8,
-    vocab: Vocabulary = 32_768,
+    vocab: Annotated[int, Range(266, 2**20)] = 32_768,
     length: Length = 512,
     freed_memory: Literal["kept", "given-back"] = "kept",
     json: Flag = False,
@@ -97,7 +96,7 @@ def print_training(found: list[dict[str, Any]], title: str) -> None:
 
 def bench_memory(
     width: Annotated[int, Range(32, 2**14)] = 128,
-    vocab: Vocabulary = 512,
+    vocab: Annotated[int, Range(1, 2**20)] = 512,
     length: Length = 256,
     rows: Count = 4,
     layers: Counts = (16, 6, 5, 5),

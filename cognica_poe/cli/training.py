@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,7 +16,7 @@ from cognica_poe.errors import UserError
 from cognica_poe.locks import hold
 from cognica_poe.planning.cluster import Cluster
 from cognica_poe.recipe.named import find_recipe
-from cognica_poe.recipe.rules import check, check_run
+from cognica_poe.recipe.rules import check_run
 
 if TYPE_CHECKING:
     from cognica_poe.planning.costs import Figure
@@ -50,9 +49,9 @@ def run(
     from cognica_poe.planning.fit import fit_micro_rows
     from cognica_poe.release.loading import load
     from cognica_poe.serving.generation import generate_samples
+    from cognica_poe.training.parallel.ranks import announced_world
 
-    check(settings)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if announced_world() > 1:
         raise UserError("run is for one process: under torchrun use `train`, then `analyze`, `export` and `publish`")
     check_run(settings)
     settings = fit_micro_rows(settings, 1, log)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ from torch.distributed.rendezvous import rendezvous
 from cognica_poe.errors import UserError
 
 T = TypeVar("T")
+_REMEDY = "start with torchrun, which sets it, or unset WORLD_SIZE"
 TIMEOUT = timedelta(minutes=15)
 """How long a rank waits for another within a step: this long a peer that hangs costs all of them."""
 PATIENCE = timedelta(days=7)
@@ -151,15 +153,16 @@ def join_ranks(timeout: timedelta = TIMEOUT) -> Iterator[Ranks]:
     """The ranks that torchrun announces in the environment; a single one without it.
 
     Numbers on processors go over gloo, those on CUDA over NCCL; each rank takes the CUDA device of its local rank, and
-    NCCL is told so that it connects all ranks at once.
+    NCCL is told so that it connects all ranks at once. Raises UserError as :func:`announced_world`.
     """
-    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    world = announced_world()
+    restarts = _announced("TORCHELASTIC_RESTART_COUNT", 0, 2**31, "0")
+    if world == 1:
         yield Ranks(restarts=restarts)
         return
     device = None
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        device = torch.device("cuda", _announced("LOCAL_RANK", 0, torch.cuda.device_count(), "0"))
         torch.cuda.set_device(device)
     store, rank, world = next(rendezvous("env://", timeout=timeout))
     store = dist.PrefixStore(agree_on_prefix(store, rank, world, timeout), store)
@@ -169,6 +172,28 @@ def join_ranks(timeout: timedelta = TIMEOUT) -> Iterator[Ranks]:
     ranks.warm_up(device or torch.device("cpu"))
     yield ranks
     dist.destroy_process_group()  # not after an exception: peers may hang in it, and the process ends anyway
+
+
+def announced_world() -> int:
+    """How many processes the environment announces. Raises UserError unless it names all that joining them takes."""
+    world = _announced("WORLD_SIZE", 1, 2**20, "1")
+    if world > 1:
+        _announced("RANK", 0, world)
+        _announced("LOCAL_RANK", 0, world, "0")
+        _announced("MASTER_PORT", 1, 2**16)
+        if not os.environ.get("MASTER_ADDR"):
+            raise UserError(f"WORLD_SIZE is {world} and MASTER_ADDR is missing: {_REMEDY}")
+    return world
+
+
+def _announced(name: str, low: int, end: int, usual: str | None = None) -> int:
+    """The number that the environment gives, from ``low`` to below ``end``."""
+    text = os.environ.get(name, usual)
+    if text is None:
+        raise UserError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']} and {name} is missing: {_REMEDY}")
+    if not re.fullmatch(r"\d{1,9}", text, re.ASCII) or not low <= int(text) < end:
+        raise UserError(f"{name} in the environment is {text!r:.40}, no number from {low} to {end - 1}: {_REMEDY}")
+    return int(text)
 
 
 def agree_on_prefix(store: dist.Store, rank: int, world: int, timeout: timedelta = TIMEOUT) -> str:
