@@ -290,7 +290,7 @@ def agreement(model: CognicaPoEForCausalLM, outputs: Sequence[torch.Tensor], new
 def bounds(model: CognicaPoEForCausalLM, tokens_per_s: float) -> dict[str, Any]:
     """What a plain step reads, how fast the machine copies, and the share of a step that heads and pool take."""
     engine = Engines.of(model).get(model)
-    read = sum(_bytes(module) for module in [*engine.stages, engine.heads])
+    read = sum(_bytes(module) for module in [*engine.stages, *engine.folded])
     copy_rate = copy_bandwidth(model.device)
     cache = StageCache(engine, [torch.zeros(1, dtype=torch.int64, device=model.device)], 1)
     cache.advance(0, model.config.num_stages - 1, [True])
@@ -314,7 +314,9 @@ def bounds(model: CognicaPoEForCausalLM, tokens_per_s: float) -> dict[str, Any]:
 def _bytes(module: torch.nn.Module) -> int:
     """Bytes of the weights that products read; embedding tables are looked up, not read."""
     linears = [part for part in module.modules() if isinstance(part, tuple(LINEARS.values()))]
-    return sum(b.numel() * b.element_size() for linear in linears for b in linear.buffers())
+    packed = [p for linear in linears if (p := getattr(linear, "packed", None)) is not None]
+    dense = [b for linear in linears if getattr(linear, "packed", None) is None for b in linear.buffers()]
+    return sum(b.numel() * b.element_size() for b in (*packed, *dense))
 
 
 def copy_bandwidth(device: torch.device) -> float:

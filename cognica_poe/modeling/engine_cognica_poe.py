@@ -39,6 +39,9 @@ from .weights_cognica_poe import digest, identity, plain_weights, stage_of
 ENGINES = "_decoding_engines"
 """Attribute of a model that holds its :class:`Engines`."""
 
+SHAPES = 4
+"""Sizes of batch and text whose compiled graphs an engine holds at once."""
+
 
 def natural_width(model) -> int:
     """Lanes of a decode step that cost about as much as one lane.
@@ -158,53 +161,64 @@ class StageLayers(nn.Module):
 
 
 class Heads(nn.Module):
-    """The heads of the first stages, each folded with the shared one, and their product."""
+    """Heads of some stages, each folded with the shared one, and their product."""
 
-    def __init__(self, model, count: int, linear):
+    def __init__(self, config, heads: Sequence[nn.Module]):
         super().__init__()
-        self.config = model.config
-        self.heads = nn.ModuleList([linear(model.head_weight(stage)) for stage in range(count)])
+        self.config, self.heads = config, nn.ModuleList(heads)
 
-    def forward(self, width: int, stages: Sequence[int], weights: Sequence[float] | None, alpha: float, lanes, *states):
+    def forward(self, width: int, weights: Sequence[float] | None, alpha: float, lanes, *states):
         """Log-probabilities ``[B, W, V]`` of the product of experts at a block's lanes, see :func:`combine`.
 
         Args:
             width: lanes of the block.
-            stages: whose heads.
-            weights: one per stage; None gives the capped logits of the one stage instead.
+            weights: one per head; None gives the capped logits of the one head instead.
             alpha: exponent of the number of stages.
             lanes: where the lanes stand, see the module.
-            states: states ``[B, S, D]`` behind every stage.
+            states: states ``[B, S, D]`` behind the stage of every head.
         """
         logits = []
-        for stage, behind in zip(stages, states, strict=True):
+        for head, behind in zip(self.heads, states, strict=True):
             slots, _ = find_lanes(lanes, width, behind.shape[1] - 1)
             x = behind[torch.arange(behind.shape[0], device=behind.device)[:, None], slots]
-            z = self.heads[stage](rmsnorm(x, self.config.rms_norm_eps))
+            z = head(rmsnorm(x, self.config.rms_norm_eps))
             logits.append(softcap(z, self.config.logit_softcap))
         return logits[0] if weights is None else combine(logits, alpha, weights, normalise=False)
 
 
 class Engine:
-    """Stage functions of one model in one form of its weights.
+    """Stage functions of one model in one form of its weights; stages are arranged when first asked for, and once.
 
     Args:
         model: the causal language model, in evaluation mode.
         form: key of ``LINEARS``.
-        stages: how many stages to arrange, from the first on; all when None.
+        stages: how many stages to arrange at once, from the first on; all when None.
         width: lanes of every decode step, see :class:`StageCache`; :func:`natural_width` when None.
         compiled: run decode steps through :class:`Graphs`, one graph per function and shape.
     """
 
     def __init__(self, model, form: str = "dense", stages: int | None = None, width: int | None = None, compiled=False):
         self.config, self.dtype, self.device = model.config, model.dtype, model.device
-        self.width, linear = width or natural_width(model), LINEARS[form]
-        count = self.config.num_stages if stages is None else stages
-        self.stages = [StageLayers(model, stage, linear) for stage in range(count)]
-        self.heads = Heads(model, count, linear)
-        self.graphs = Graphs(self.device) if compiled else None
+        self.width, self.linear = width or natural_width(model), functools.partial(LINEARS[form], compiled=compiled)
+        self.stages: list[StageLayers] = []
+        self.folded: list[nn.Module] = []
+        self.heads: dict[tuple[int, ...], Heads] = {}
+        # A call takes a graph per stage and per head at most, and one or two of pools.
+        self.graphs = Graphs(self.device, SHAPES * (2 * self.config.num_stages + 2)) if compiled else None
         self.seen_of: torch.Tensor | None = None
         self.seen: tuple | None = None
+        self.reach(model, self.config.num_stages if stages is None else stages)
+
+    def reach(self, model, stages: int) -> None:
+        """Arrange what is missing of the first ``stages`` stages."""
+        for stage in range(len(self.stages), stages):
+            self.stages.append(StageLayers(model, stage, self.linear))
+            self.folded.append(self.linear(model.head_weight(stage)))
+
+    @property
+    def parts(self) -> list[nn.Module]:
+        """All modules that hold weights."""
+        return [part for module in (*self.stages, *self.folded) for part in module.modules()]
 
     def copied(self, weights: dict[str, torch.Tensor]) -> list[str]:
         """Names of the weights that this engine holds in a form of its own: it does not see them change.
@@ -214,8 +228,7 @@ class Engine:
         names = [name for name in weights if stage_of(name, self.config) < len(self.stages)]
         if self.graphs is not None and self.device.type == "cpu":
             return names
-        parts = [part for module in (*self.stages, self.heads) for part in module.modules()]
-        in_place = [part for part in parts if getattr(part, "packed", None) is None]
+        in_place = [part for part in self.parts if getattr(part, "packed", None) is None]
         read = {buffer.data_ptr() for part in in_place for buffer in part.buffers(recurse=False)}
         return [name for name in names if weights[name].data_ptr() not in read]
 
@@ -233,16 +246,19 @@ class Engine:
 
     def run_heads(self, stages: tuple[int, ...], weights: tuple[float, ...] | None, alpha: float, lanes, *states):
         """Logits or pool ``[B, W, V]`` at a block's lanes in one pass, see :class:`Heads`."""
-        fixed = (self.width, stages, weights, alpha)
+        if stages not in self.heads:
+            self.heads[stages] = Heads(self.config, [self.folded[stage] for stage in stages])
+        heads, fixed = self.heads[stages], (self.width, weights, alpha)
         if self.graphs is None:
-            return self.heads(*fixed, lanes, *states)
-        return self.graphs.call(("heads", *fixed, *states[0].shape), self.heads, fixed, lanes, *states)
+            return heads(*fixed, lanes, *states)
+        return self.graphs.call(("heads", stages, *fixed, *states[0].shape), heads, fixed, lanes, *states)
 
 
 class Engines:
     """The engines of one model, made when first asked for and again when its weights have changed.
 
-    They hang on the model object and are freed with it; its copies and pickles have none.
+    There is one per form of the weights, three at most, whatever modes are asked for: a prefix of the stages is the
+    beginning of the same engine. They hang on the model object and are freed with it; its copies and pickles have none.
     """
 
     def __init__(self):
@@ -251,7 +267,7 @@ class Engines:
 
     def _forget(self) -> None:
         self.identity: list[tuple] = []
-        self.made: dict[tuple[str, int], Engine] = {}
+        self.made: dict[str, Engine] = {}
         self.measured: dict = {}
         self.digests: dict[str, torch.Tensor] = {}
 
@@ -281,14 +297,17 @@ class Engines:
         return engines
 
     def get(self, model, form: str = "dense", stages: int | None = None) -> Engine:
-        """The engine of a form of the weights for the first ``stages`` stages."""
+        """The engine of a form of the weights, with at least the first ``stages`` stages."""
         stages = model.config.num_stages if stages is None else stages
-        if (form, stages) not in self.made:
-            engine = self.made[form, stages] = Engine(model, form, stages, self.width, self.compiled)
+        engine = self.made.get(form)
+        if engine is None or len(engine.stages) < stages:
+            if engine is None:
+                engine = self.made[form] = Engine(model, form, stages, self.width, self.compiled)
+            engine.reach(model, stages)
             weights = plain_weights(model)
             new = [name for name in engine.copied(weights) if name not in self.digests]
             self.digests |= {name: digest(weights[name]) for name in new}
-        return self.made[form, stages]
+        return engine
 
     def configure(self, width: int | None, compiled: bool) -> None:
         """Set the lanes of decode steps and whether they are compiled; drops engines made otherwise."""

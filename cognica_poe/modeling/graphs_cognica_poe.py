@@ -38,13 +38,19 @@ ON_ACCELERATOR = {"triton.cudagraphs": True}
 class Graphs:
     """The compiled functions of one engine.
 
+    Args:
+        device: where they run.
+        kept: graphs to hold at most, for on a processor each holds its weights; the one unused for longest goes, and
+            comes back from disk.
+
     Attributes:
         seconds: time spent on compiling and loading so far.
         compiled, loaded: graphs that were made here, and that a cache on disk held.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, kept: int = 64):
         self.device, self.seconds, self.compiled, self.loaded = device, 0.0, 0, 0
+        self.kept = kept
         self._graphs: dict = {}
 
     def call(self, key: Hashable, module: nn.Module, fixed: tuple, *arguments):
@@ -59,9 +65,14 @@ class Graphs:
         if key not in self._graphs:
             began = time.perf_counter()
             make = self._package if self.device.type == "cpu" else self._launched
-            self._graphs[key] = make(_Fixed(module, fixed), arguments)
+            graph = make(_Fixed(module, fixed), arguments)
             self.seconds += time.perf_counter() - began
-        return self._graphs[key](arguments)
+            if len(self._graphs) >= self.kept:
+                del self._graphs[next(iter(self._graphs))]
+        else:
+            graph = self._graphs.pop(key)
+        self._graphs[key] = graph  # the last in order of use
+        return graph(arguments)
 
     def _launched(self, module: _Fixed, arguments: tuple):
         # Torch keeps its graphs per code object and takes the first whose guards hold. Here no guard is kept, so that a

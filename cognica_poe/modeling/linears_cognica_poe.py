@@ -18,18 +18,19 @@ class DenseLinear(nn.Module):
     """``x @ weight.T`` with the weight ``[O, I]`` as trained; on a processor in bf16, packed once for its kernels.
 
     ``F.linear`` packs a bf16 weight again at every call, which takes half of the time of a step. Under
-    ``torch.compile`` freezing does the same, so that the plain product stands in the graph.
+    ``torch.compile`` freezing does the same, so that the plain product stands in the graph; ``compiled`` says that the
+    weight itself is wanted for it, which otherwise goes once it is packed.
     """
 
-    def __init__(self, weight: torch.Tensor):
+    def __init__(self, weight: torch.Tensor, compiled: bool = False):
         super().__init__()
-        self.weight = kept(weight)
         packs = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and _multiplies_bfloat16()
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), 8) if packs else None
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), 8) if packs else None
+        self.weight = kept(weight) if compiled or not packs else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., I]`` to ``[..., O]``."""
-        if self.packed is None or torch.compiler.is_compiling():
+        if self.weight is not None and (self.packed is None or torch.compiler.is_compiling()):
             return F.linear(x, self.weight)
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
 
@@ -37,7 +38,7 @@ class DenseLinear(nn.Module):
 class Int8Linear(nn.Module):
     """8-bit weights with one scale per output row (symmetric, round to nearest)."""
 
-    def __init__(self, weight: torch.Tensor):
+    def __init__(self, weight: torch.Tensor, compiled: bool = False):
         super().__init__()
         scale = weight.float().abs().amax(dim=1).clamp_min(1e-8) / 127
         self.weight = kept((weight.float() / scale[:, None]).round().to(torch.int8))
@@ -58,7 +59,7 @@ class Int4Linear(nn.Module):
         ValueError: the inputs are no multiple of 32.
     """
 
-    def __init__(self, weight: torch.Tensor):
+    def __init__(self, weight: torch.Tensor, compiled: bool = False):
         super().__init__()
         rows, columns = weight.shape
         if columns % INT4_GROUP:

@@ -11,14 +11,15 @@ from cognica_poe.modeling.engine_cognica_poe import Heads
 from cognica_poe.modeling.linears_cognica_poe import DenseLinear
 from tests.conftest import make_model
 
-FIXED = (4, (0, 2), (0.5, 0.5), 0.0)
+FIXED = (4, (0.5, 0.5), 0.0)
 KEY = ("pool", 0)
 
 
 def heads_and_tensors():
     model = make_model(dtype=torch.float32)
     states = [torch.randn(2, 64, model.config.hidden_size) for _ in range(2)]
-    return Heads(model, 3, DenseLinear), (torch.tensor([[5, 9], [4, 2]]), *states)
+    heads = [DenseLinear(model.head_weight(stage)) for stage in (0, 2)]
+    return Heads(model.config, heads), (torch.tensor([[5, 9], [4, 2]]), *states)
 
 
 @pytest.mark.skipif(not graphs.has_compiler(), reason="no C++ compiler")
@@ -54,7 +55,7 @@ def test_the_name_of_a_package_tells_what_it_depends_on(monkeypatch):
     assert name() == first == name(tensors=tuple(t.clone() for t in tensors))
     others = {name(fixed=(8, *FIXED[1:])), name(tensors=tuple(t[:1] for t in tensors))}
     with torch.no_grad():
-        heads.heads[2].weight[0, 0] += 1
+        heads.heads[1].weight[0, 0] += 1
     others.add(name())
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
@@ -115,8 +116,8 @@ def test_every_launched_function_and_shape_has_a_graph_of_its_own(launched):
     calls = []
     for width, rows in itertools.product((1, 2, 4), (1, 2)):
         tensors = (table[:, :rows], *(x[:rows] for x in states))
-        for stages in ((0, 2), (2, 0), (1, 2)):
-            calls.append(((width, stages, (0.5, 0.5), 0.0), tensors))
+        for weights in ((0.5, 0.5), (0.2, 0.8), (0.8, 0.2)):
+            calls.append(((width, weights, 0.0), tensors))
     assert len(calls) > 2 * torch._dynamo.config.recompile_limit
     for _ in range(2):
         for fixed, tensors in calls:
@@ -153,3 +154,15 @@ def test_an_answer_outlives_the_next_launch_of_its_graph(launched):
     second = made.call(KEY, heads, FIXED, table, *(2 * x + 1 for x in states))
     assert not torch.equal(second, expected)
     assert torch.equal(first, expected)
+
+
+@torch.no_grad()
+def test_the_graphs_that_are_held_are_bounded(launched):
+    heads, tensors = heads_and_tensors()
+    made, compiled = graphs.Graphs(torch.device("cpu"), kept=3), []
+    build = made._package
+    made._package = lambda *arguments: compiled.append(1) or build(*arguments)
+    for width in (1, 2, 1, 3, 4, 1, 2):  # 2 went when 4 came, for 1 was used since
+        fixed = (width, *FIXED[1:])
+        assert torch.equal(made.call(fixed, heads, fixed, *tensors), heads(*fixed, *tensors))
+    assert len(made._graphs) == 3 and len(compiled) == 5
