@@ -175,13 +175,7 @@ class CognicaPoEForCausalLM(PreTrainedModel, PoEDecodingMixin, GenerationMixin):
         return softcap(self.lm_head(rmsnorm(x, self.config.rms_norm_eps)), self.config.logit_softcap)
 
     def boundary_states(
-        self,
-        ids: torch.Tensor,
-        attention_mask=None,
-        position_ids=None,
-        cache=None,
-        max_stages: int | None = None,
-        places=None,
+        self, ids: torch.Tensor, attention_mask=None, position_ids=None, cache=None, max_stages=None, places=None
     ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
         """Embeddings ``x0``, the residual stream after each of the first ``max_stages`` stages; that after layer L//2.
 
@@ -279,9 +273,8 @@ class CognicaPoEForCausalLM(PreTrainedModel, PoEDecodingMixin, GenerationMixin):
         places = None
         if position_ids is not None:
             places = document_places(config, input_ids, position_ids, attention_mask, past_key_values)
-            made = use_cache and not self.training
-            check(places is None or not (made or given), "position_ids restart within a row: several documents have no "
-                  "cache; pass use_cache=False and no past_key_values")  # fmt: skip
+            alone = places is None or not (given or (use_cache and not self.training))
+            check(alone, "position_ids restart within a row: several documents have no cache; pass use_cache=False")
         use_cache = config.use_cache if use_cache is None else use_cache
         if use_cache and past_key_values is None and not self.training and places is None:
             past_key_values = CognicaKVCache(config)
