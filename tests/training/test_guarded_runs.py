@@ -1,6 +1,5 @@
 """Faults inside a whole run: a bad gradient on one rank, spikes, a rank that computes wrongly, late observations."""
 
-import json
 import shutil
 
 import pytest
@@ -76,7 +75,7 @@ def events(run):
 
 
 def metric_steps(run):
-    return [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line["step"] for line in read_records(run / "metrics.jsonl")]
 
 
 def equal(first, second):
@@ -157,7 +156,7 @@ def test_late_observations_change_nothing(fresh):
     assert equal(end(runs[0]), end(runs[1]))
     lines = []
     for run in runs.values():
-        metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        metrics = read_records(run / "metrics.jsonl")
         lines.append([{k: v for k, v in line.items() if k != "tokens_per_second"} for line in metrics])
     assert lines[0] == lines[1] and len(lines[0]) == STEPS - 1
     assert events(runs[0]) == events(runs[1])

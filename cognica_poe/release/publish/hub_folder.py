@@ -225,6 +225,8 @@ def resolve_revision(folder: Path, repo_id: str, revision: str = "main") -> Path
     hub = HubFolder(Path(folder), repo_id)
     refs = hub.refs()
     commit = refs.get(revision, revision)
+    if revision in refs and not hub.snapshot(commit).is_dir():
+        raise UserError(f"{hub.base / 'refs' / revision} names {commit}, which is not there; publish that step again")
     if not hub.snapshot(commit).is_dir():
         known = ", ".join(refs) or "none"
         raise UserError(f"{repo_id} in {folder} has no revision {revision!r}; published there: {known}")
