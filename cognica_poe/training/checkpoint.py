@@ -178,6 +178,20 @@ class CheckpointFolder:
         self._verify(step)
         return self._open(step)
 
+    def take_up(self, resume: bool) -> Checkpoint | None:
+        """The newest sound checkpoint of a run that is resumed, None for a new one.
+
+        Raises UserError when no checkpoint is sound, or a new run finds some.
+        """
+        self.recover()
+        found = self.load_latest() if resume else None
+        if found is None and self.ranks.on_first(self.steps):
+            run = self.folder.parent
+            if resume:
+                raise UserError(f"{run}: no checkpoint is sound; restore one, or choose another --out")
+            raise UserError(f"{run} already holds checkpoints: add --resume, or choose another --out")
+        return found
+
     def load_latest(self, at_most: int | None = None) -> Checkpoint | None:
         """The newest step (of at most ``at_most``) that passes its manifest; damaged ones are reported, passed over."""
         step = self.ranks.on_first(lambda: self._latest_sound(at_most))

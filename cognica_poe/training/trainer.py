@@ -10,9 +10,9 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -23,17 +23,16 @@ from cognica_poe.interrupts import Interrupted, interruptible
 from cognica_poe.recipe.fields import Recipe
 from cognica_poe.seals import require_made_from
 from cognica_poe.training.backlog import Backlog, LaunchedStep, Progress
-from cognica_poe.training.build import build_model, build_objective_and_optimizer, rows_of_a_rank, works_by_stages
+from cognica_poe.training.build import rows_of_a_rank, works_by_stages
 from cognica_poe.training.checkpoint import Checkpoint, CheckpointFolder
-from cognica_poe.training.compilation import bounded_compilation, compile_blocks, without_compilation
 from cognica_poe.training.guard import Decision, SpikePolicy, StepGuard
 from cognica_poe.training.initial import initial_weights
 from cognica_poe.training.journal import Journal
 from cognica_poe.training.lineage import parts_of
-from cognica_poe.training.memory import copy_to_device, copy_to_host, full_memory_explained, keep_freed_memory
+from cognica_poe.training.memory import copy_to_device, copy_to_host, keep_freed_memory
 from cognica_poe.training.optim.schedule import Schedule
 from cognica_poe.training.parallel.ranks import Ranks
-from cognica_poe.training.precision import choose_attention, choose_compute_dtype, default_device
+from cognica_poe.training.replica import Replica
 from cognica_poe.training.soundness import require_equal, require_finite
 from cognica_poe.training.stopping import StopRequests
 
@@ -44,9 +43,7 @@ class Trainer:
     """Trains one recipe inside a run folder.
 
     Args:
-        recipe: checked recipe.
-        run: run folder.
-        rows: the training rows.
+        recipe, run, rows: checked recipe, run folder, the training rows.
         resume: continue from the newest sound checkpoint; otherwise the folder must hold none. Workers that torchrun
             has restarted always resume.
         log: receives lines about what happens, on the first rank.
@@ -91,9 +88,8 @@ class Trainer:
         """
         keep_freed_memory()
         self.rank_rows = rows_of_a_rank(self.recipe, self.ranks)
-        self.device = default_device()
         self.events = Journal(self.run / "events.jsonl", self.ranks.is_first, log=self.log)
-        found = self._find_checkpoint()
+        found = self.checkpoints.take_up(self.resume)
         self._build(found)
         if found is not None:
             self._restore(found)
@@ -105,38 +101,18 @@ class Trainer:
         self.metrics = Journal(self.run / "metrics.jsonl", self.ranks.is_first, self.step, self.log)
         self.backlog = Backlog(self.recipe, self.policy, self.metrics, self.events, self.log, self.progress)
         # CUDA trains on while the host reads and writes; where the host itself trains, nothing is won by it.
-        on_cuda = self.device.type == "cuda"
-        self.background = self.ranks.in_background() if on_cuda else None
+        self.background = self.ranks.in_background() if self.device.type == "cuda" else None
         """The ranks as they speak while saving beside the training; None to save in between."""
-        self.steps_in_flight = 1 if on_cuda else 0
+        self.steps_in_flight = 1 if self.device.type == "cuda" else 0
         """Steps under way while the host reads an earlier one."""
         self.started = True
 
-    def _find_checkpoint(self) -> Checkpoint | None:
-        """The newest sound checkpoint of a run that is resumed."""
-        self.checkpoints.recover()
-        found = self.checkpoints.load_latest() if self.resume else None
-        if found is None and self.ranks.on_first(self.checkpoints.steps):
-            if self.resume:
-                raise UserError(f"{self.run}: no checkpoint is sound; restore one, or choose another --out")
-            raise UserError(f"{self.run} already holds checkpoints: add --resume, or choose another --out")
-        return found
-
     def _build(self, found: Checkpoint | None) -> None:
         """Everything that a step needs, in its initial state; a checkpoint decides the dtype of the products alone."""
-        recipe, training = self.recipe, self.recipe.training
-        self.model = build_model(recipe.model, training.seed)
-        self.model.to(self.device).train()  # type: ignore[arg-type]  # transformers hides its arguments
-        self.attention = choose_attention(training.attention, self.device, recipe.model.head_dim)
-        self.model.set_attn_implementation(self.attention)
-        dtype = found.state["compute_dtype"] if found else training.compute_dtype
-        self.compute_dtype = self.ranks.on_first(lambda: choose_compute_dtype(dtype, self.device))
-        self.objective, self.optimizer = build_objective_and_optimizer(
-            self.model, recipe, self.compute_dtype, self.ranks
-        )
-        self.compiled = training.compile == "on" or (training.compile == "auto" and self.device.type == "cuda")
-        if self.compiled:
-            compile_blocks(self.model)
+        training = self.recipe.training
+        self.replica = Replica(self.recipe, self.ranks, found.state["compute_dtype"] if found else None)
+        self.device, self.model = self.replica.device, self.replica.model
+        self.objective, self.optimizer = self.replica.objective, self.replica.optimizer
         self.schedule = Schedule(training.schedule, training.steps)
         self.guard = StepGuard(training.guard, self.ranks.mean, self.ranks.world, self.device)
         self.policy = SpikePolicy(training.guard)
@@ -144,11 +120,9 @@ class Trainer:
     def _restore(self, found: Checkpoint, rewind: bool = False) -> None:
         """Load weights, optimiser and step; with ``rewind``, roll-backs since are remembered."""
         where = self.checkpoints.path(found.step)
-        require_made_from(found.made_from, self.made_from, where, "undo the change, or start a new --out")
-        if found.state["rows"] != self.rows.fingerprint:
-            raise UserError(
-                f"{self.run}: data, tokenizer or row seed changed since step {found.step}; start a new --out"
-            )
+        made_from = {**found.made_from, "rows": found.state["rows"]}
+        wanted = {**self.made_from, "rows": self.rows.fingerprint}
+        require_made_from(made_from, wanted, where, "undo the change, or start a new --out")
         try:
             self.optimizer.load_weights(found.weights)
             self.optimizer.load_state_dict(found.optimizer)
@@ -157,7 +131,7 @@ class Trainer:
                 (self.policy.rewind if rewind else self.policy.restore)(found.state["policy"])
         except (RuntimeError, ValueError) as error:
             first = str(error).strip().splitlines()[-1].strip()
-            raise UserError(f"{self.checkpoints.path(found.step)} does not fit this recipe: {first}") from error
+            raise UserError(f"{where} does not fit this recipe: {first}") from error
         self.step = self.saved = found.step
 
     # ---- steps ----------------------------------------------------------------------------------------------------
@@ -173,12 +147,9 @@ class Trainer:
         """
         if not self.started:
             self.start()
-        self.events.write({"event": "resume" if self.step else "start", "step": self.step, **self._facts()})
+        self.events.write({"event": "resume" if self.step else "start", "step": self.step, **self.replica.facts()})
         with self.requests.heed(self.checkpoints.steps):
-            with contextlib.ExitStack() as stack:
-                stack.enter_context(full_memory_explained(self.recipe.training.micro_rows))
-                if self.compiled:
-                    stack.enter_context(bounded_compilation())
+            with self.replica.at_work():
                 self._train(at_release)
             self.checkpoints.wait()
             if self.requests.asked():
@@ -231,8 +202,7 @@ class Trainer:
             self.optimizer.zero_grad()
             return False
         keep = self.guard.check(losses.mean(), self.optimizer.gradients())
-        schedule = self.schedule
-        rates = schedule.lr_scale(self.step), schedule.muon_momentum(self.step), schedule.weight_decay_scale(self.step)
+        rates = self.schedule.rates(self.step)
         if self.device.type == "cuda":
             self.optimizer.step(*rates, keep=keep)
         elif keep:  # reading costs nothing here, selecting would
@@ -354,21 +324,11 @@ class Trainer:
             self.checkpoints.wait()
             try:
                 alone = self.ranks.world == 1  # ranks that wait for the first one cannot be told that it left
-                with self._as_released(), interruptible() if alone else contextlib.nullcontext():
+                with self.replica.as_released(), interruptible() if alone else contextlib.nullcontext():
                     self.ranks.on_first(lambda: at_release(self.step))
             except Interrupted:  # what is measured is measured again when the run resumes
                 if self.requests.asked():
                     self._stop()
-
-    @contextlib.contextmanager
-    def _as_released(self) -> Iterator[None]:
-        """The model as whoever loads its release has it: in evaluation mode, uncompiled, with sdpa."""
-        self.model.eval()  # type: ignore[no-untyped-call]  # transformers'
-        self.model.set_attn_implementation("sdpa")
-        with without_compilation() if self.compiled else contextlib.nullcontext():
-            yield
-        self.model.set_attn_implementation(self.attention)
-        self.model.train()
 
     def _save_once(self) -> None:
         """Save unless the checkpoint of this step is there."""
@@ -376,8 +336,7 @@ class Trainer:
             self._save()
 
     def _save(self) -> None:
-        dtype = str(self.compute_dtype).removeprefix("torch.")
-        state = {"rows": self.rows.fingerprint, "compute_dtype": dtype, "ranks": self.ranks.world}
+        state = {"rows": self.rows.fingerprint, "compute_dtype": self.replica.dtype_name, "ranks": self.ranks.world}
         state |= {"guard": self.guard.state(), "policy": self.policy.state()}
         weights, optimizer = self.optimizer.weights(), self.optimizer.state_dict()
         require_finite({**weights, **optimizer}, self.step, self.ranks, self.events, self.checkpoints)
@@ -389,14 +348,3 @@ class Trainer:
     def _on_damage(self, line: str) -> None:
         self.log(line)
         self.events.write({"event": "damaged checkpoint", "found": line})
-
-    def _facts(self) -> dict[str, Any]:
-        return {
-            "device": str(self.device),
-            "ranks": self.ranks.world,
-            "restarts": self.ranks.restarts,
-            "threads": torch.get_num_threads(),
-            "compute_dtype": str(self.compute_dtype).removeprefix("torch."),
-            "parameters": sum(p.numel() for p in self.model.parameters()),
-            "torch": torch.__version__,
-        }

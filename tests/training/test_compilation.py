@@ -75,8 +75,8 @@ def test_a_release_computes_as_whoever_loads_it(prepared, dynamo):
     recipe, run = prepared
     trainer = Trainer(recipe, run, pipeline.open_rows(run, recipe))
     trainer.start()
-    trainer.attention = "eager"
+    trainer.replica.attention = "eager"
     trainer.model.set_attn_implementation("eager")
-    with trainer._as_released():
+    with trainer.replica.as_released():
         assert trainer.model.config._attn_implementation == "sdpa" and not trainer.model.training
     assert trainer.model.config._attn_implementation == "eager" and trainer.model.training

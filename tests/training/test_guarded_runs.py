@@ -9,7 +9,7 @@ from cognica_poe import pipeline
 from cognica_poe.errors import UserError
 from cognica_poe.recipe.fields import GuardRecipe
 from cognica_poe.recipe.stored import save_recipe
-from cognica_poe.training import trainer as trainer_module
+from cognica_poe.training import replica as replica_module
 from cognica_poe.training.build import build_model
 from cognica_poe.training.checkpoint import CheckpointFolder
 from cognica_poe.training.journal import read_records
@@ -43,7 +43,7 @@ def train(ranks, run, factors, alone=False, in_flight=0, resume=False):
 
     Returns the weights before every step that was launched, and the error that ended the run, if any.
     """
-    trainer_module.build_model = lambda *args: build_model(*args).double()
+    replica_module.build_model = lambda *args: build_model(*args).double()
     recipe = with_training(pipeline.read_recipe(run), guard=SPIKES)
     ranks = Ranks() if alone else ranks
     trainer = Trainer(recipe, run, pipeline.open_rows(run, recipe), resume=resume, ranks=ranks)

@@ -24,6 +24,10 @@ class Schedule:
             return 0.0
         return min(1.0, max(0.0, (step - self.warmdown_start) / self.warmdown_steps))
 
+    def rates(self, step: int) -> tuple[float, float, float]:
+        """What a step takes: multiplier of the learning rates, Muon momentum, multiplier of Muon's weight decay."""
+        return self.lr_scale(step), self.muon_momentum(step), self.weight_decay_scale(step)
+
     def lr_scale(self, step: int) -> float:
         """Multiplier of every learning rate at 0-based ``step``."""
         if step < self.recipe.warmup_steps:

@@ -13,7 +13,7 @@ from cognica_poe import pipeline
 from cognica_poe.errors import TrainingStopped, UserError
 from cognica_poe.recipe.fields import RanksRecipe
 from cognica_poe.recipe.stored import save_recipe
-from cognica_poe.training import trainer as trainer_module
+from cognica_poe.training import replica as replica_module
 from cognica_poe.training.build import build_model
 from cognica_poe.training.checkpoint import CheckpointFolder
 from cognica_poe.training.parallel.ranks import Ranks
@@ -55,7 +55,7 @@ def train(ranks, run, options=None, resume=False, until=None, dtype=torch.float3
     recipe = pipeline.read_recipe(run)
     recipe = with_training(recipe, **training, ranks=options or recipe.training.ranks)
     history = {}
-    trainer_module.build_model = lambda *args: build_model(*args).to(dtype)
+    replica_module.build_model = lambda *args: build_model(*args).to(dtype)
 
     def step_hook(step, metrics):
         if step == until:
