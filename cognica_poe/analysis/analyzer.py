@@ -135,7 +135,7 @@ def _model_facts(model: CognicaPoEForCausalLM, name: str) -> dict[str, Any]:
 
 
 def path_fields(sums: DocumentSums, bootstrap: Bootstrap) -> dict[str, Any]:
-    """The record's ``bpb``, ``accuracy``, ``crossover_gap``, ``intervals`` and ``accuracy_intervals``.
+    """The record's ``bpb``, ``accuracy``, ``gaps``, ``intervals`` and ``accuracy_intervals``.
 
     ``bootstrap``: over the documents of ``sums``.
     """
@@ -144,7 +144,8 @@ def path_fields(sums: DocumentSums, bootstrap: Bootstrap) -> dict[str, Any]:
     paths = ["full", *stages, *prefixes, "plain"]
     bits = _by_path(paths, bootstrap.ratios([sums.nats[path] for path in paths], sums.bytes, _BITS))
     right = _by_path(paths, bootstrap.ratios([sums.correct[path] for path in paths], sums.targets))
-    gap = bootstrap.difference(sums.nats["full"], sums.bytes, sums.nats[stages[-1]], sums.bytes, _BITS)
+    others = [sums.nats[path] for path in (*stages, *prefixes[:-1])]
+    gaps = [asdict(gap) for gap in bootstrap.differences(sums.nats["full"], others, sums.bytes, _BITS)]
     bpb = {path: interval.value for path, interval in bits.items()}
     accuracy = {path: interval.value for path, interval in right.items()}
     stage_bpb = [bpb[path] for path in stages]
@@ -168,9 +169,10 @@ def path_fields(sums: DocumentSums, bootstrap: Bootstrap) -> dict[str, Any]:
         "accuracy": {
             "full": accuracy["full"],
             "stage": [accuracy[path] for path in stages],
+            "prefix": [accuracy[path] for path in prefixes],
             "plain": accuracy["plain"],
         },
-        "crossover_gap": {"value": bpb["full"] - stage_bpb[-1], "low": gap.low, "high": gap.high},
+        "gaps": {"stage": gaps[: len(stages)], "prefix": gaps[len(stages) :]},
         "intervals": intervals(bits),
         "accuracy_intervals": intervals(right),
     }

@@ -85,6 +85,14 @@ class Bootstrap:
             samples = scale * totals[:, :-1] / totals[:, -1:]
         return [self._interval(value, column) for value, column in zip(values, samples.T, strict=True)]
 
+    def differences(
+        self, numerator: ArrayLike, others: ArrayLike, denominator: ArrayLike, scale: float = 1.0
+    ) -> list[Interval]:
+        """Paired intervals of ``scale * (numerator - other) / denominator`` as sums over documents, one per row of
+        ``others`` [M, documents]; numerator, denominator [documents]."""
+        gaps = np.asarray(numerator, dtype=np.float64) - np.asarray(others, dtype=np.float64)
+        return self.ratios(gaps.reshape(-1, self.documents), denominator, scale)
+
     def difference(
         self,
         numerator: ArrayLike,

@@ -79,6 +79,7 @@ class Accuracy(_Part):
 
     full: Share
     stage: list[Share]
+    prefix: list[Share]
     plain: Share
 
 
@@ -90,13 +91,22 @@ class Difference(_Part):
     high: float
 
 
+class Gaps(_Part):
+    """BPB of the trained path minus that of another use of the same weights: below zero the trained path is better."""
+
+    stage: list[Difference]
+    """Against one head alone, by stage; the last is the crossover gap of the model card."""
+    prefix: list[Difference]
+    """Against the pool of the stages 0..k, k < K - 1."""
+
+
 class Intervals(_Part):
     """95 % bootstrap intervals [low, high] over documents."""
 
     full: Bounds
     stage: list[Bounds]
+    prefix: list[Bounds]
     plain: Bounds
-    prefix: list[Bounds] | None = None
 
 
 class Wand(_Part):
@@ -220,10 +230,9 @@ class AnalysisRecord(_Part):
     """Which path was trained, and which "full" means."""
     bpb: BitsPerByte
     accuracy: Accuracy
-    crossover_gap: Difference
-    """Full minus deepest stage, BPB: positive where the pool is worse than its deepest member."""
+    gaps: Gaps
     intervals: Intervals
-    accuracy_intervals: Intervals | None = None
+    accuracy_intervals: Intervals
     wand_bounds: list[Annotated[float, Field(ge=0.0)]]
     wand: Wand
     speculative: Speculative
@@ -249,7 +258,11 @@ class AnalysisRecord(_Part):
             "bpb.stage": (self.bpb.stage, stages),
             "bpb.prefix": (self.bpb.prefix, stages),
             "accuracy.stage": (self.accuracy.stage, stages),
+            "accuracy.prefix": (self.accuracy.prefix, stages),
+            "gaps.stage": (self.gaps.stage, stages),
+            "gaps.prefix": (self.gaps.prefix, stages - 1),
             "intervals.stage": (self.intervals.stage, stages),
+            "intervals.prefix": (self.intervals.prefix, stages),
             "wand_bounds": (self.wand_bounds, stages - 1),
             "wand.exit_fraction": (self.wand.exit_fraction, stages),
         }
@@ -258,11 +271,14 @@ class AnalysisRecord(_Part):
                 raise ValueError(f"{name} has {len(values)} entries, the path has {length}")
         _require((self.path == "plain") == (self.model.poe_mode == "none"), "path and poe_mode disagree")
         _require(math.isclose(sum(self.wand.exit_fraction), 1.0, abs_tol=1e-6), "wand.exit_fraction does not sum to 1")
-        gap = self.bpb.full - self.bpb.stage[-1]
-        _require(math.isclose(self.crossover_gap.value, gap, abs_tol=1e-9), "crossover_gap is not full - deepest stage")
+        others = [*self.bpb.stage, *self.bpb.prefix[:-1]]
+        for gap, other in zip([*self.gaps.stage, *self.gaps.prefix], others, strict=True):
+            _require(math.isclose(gap.value, self.bpb.full - other, abs_tol=1e-9), "gaps and bpb disagree")
+            _require(gap.low <= gap.high, "a gap has low above high")
         _require(self.speculative.accepted <= self.speculative.proposed, "more drafts accepted than proposed")
-        for low, high in [self.intervals.full, *self.intervals.stage, self.intervals.plain]:
-            _require(low <= high, "an interval has low above high")
+        for some in (self.intervals, self.accuracy_intervals):
+            for low, high in [some.full, *some.stage, *some.prefix, some.plain]:
+                _require(low <= high, "an interval has low above high")
         return self
 
     @property

@@ -37,7 +37,11 @@ def test_record_of_a_pool(data_dir, tmp_path):
     assert record.bpb.prefix[-1] == record.bpb.full and record.bpb.prefix[0] == record.bpb.stage[0]
     assert record.bpb.full <= record.bpb.mean_stage  # CE of the pool = mean CE + log Z, log Z <= 0
     assert record.intervals.full[0] < record.bpb.full < record.intervals.full[1]
-    assert record.crossover_gap.low <= record.crossover_gap.value <= record.crossover_gap.high
+    for gap, other in zip(
+        record.gaps.stage + record.gaps.prefix, record.bpb.stage + record.bpb.prefix[:-1], strict=True
+    ):
+        assert gap.low <= gap.value <= gap.high and gap.value == pytest.approx(record.bpb.full - other)
+    assert record.accuracy.prefix[0] == record.accuracy.stage[0] and record.accuracy.prefix[-1] == record.accuracy.full
     assert record.validation.unit == "document" and not record.validation.sampled
     assert record.speculative.prompts == 3 and record.speculative.proposed > 0
     assert len(record.probes) == 7 and record.routing.positions == record.validation.tokens
@@ -72,7 +76,8 @@ def test_record_of_the_plain_path(data_dir, changes):
     assert record.bpb.stage == record.bpb.prefix == [record.bpb.full] == [record.bpb.plain]
     assert (record.wand_bounds, record.wand.exit_fraction, record.routing) == ([], [1.0], None)
     assert record.speculative.acceptance is None and record.speculative.proposed == 0
-    assert (record.crossover_gap.value, record.crossover_gap.low, record.crossover_gap.high) == (0.0, 0.0, 0.0)
+    assert [gap.model_dump() for gap in record.gaps.stage] == [{"value": 0.0, "low": 0.0, "high": 0.0}]
+    assert record.gaps.prefix == []
 
 
 def test_record_of_one_stage(data_dir):

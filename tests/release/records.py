@@ -14,6 +14,11 @@ STAGES = 4
 HOSTILE = "a | b `code` <script>alert(1)</script> [x](http://evil) \u202eabc\x1b[31m\n# heading\n---\n" + "long " * 200
 
 
+def difference(value: float, half: float) -> dict[str, float]:
+    """A difference with a symmetric interval."""
+    return {"value": value, "low": value - half, "high": value + half}
+
+
 def make_record(step: int, *, name: str = "tiny-poe", path: str = "pool", stages: int = STAGES) -> dict[str, Any]:
     """A record whose figures fall with ``step`` as those of a real run do."""
     full = 4.2 / (1 + step / 60) ** 0.35
@@ -42,14 +47,29 @@ def make_record(step: int, *, name: str = "tiny-poe", path: str = "pool", stages
             "plain": full * 1.02,
             "mean_stage": sum(stage) / stages,
         },
-        "accuracy": {"full": 0.5 - full / 10, "stage": [0.49 - full / 10] * stages, "plain": 0.45 - full / 10},
-        "crossover_gap": {"value": full - stage[-1], "low": full - stage[-1] - 0.002, "high": full - stage[-1] + 0.002},
+        "accuracy": {
+            "full": 0.5 - full / 10,
+            "stage": [0.49 - full / 10] * stages,
+            "prefix": [*[0.495 - full / 10] * (stages - 1), 0.5 - full / 10],
+            "plain": 0.45 - full / 10,
+        },
+        "gaps": {
+            "stage": [difference(full - value, 0.002) for value in stage],
+            "prefix": [difference(full - (value + full) / 2, 0.001) for value in stage[:-1]],
+        },
         "intervals": {
             "full": [full - 0.02, full + 0.02],
             "stage": [[value - 0.02, value + 0.02] for value in stage],
+            "prefix": [[full - 0.03, full + 0.03]] * stages,
             "plain": [full * 1.02 - 0.02, full * 1.02 + 0.02],
         },
-        "wand_bounds": [3.2 + step / 1000, 1.5, 1.1][: stages - 1],
+        "accuracy_intervals": {
+            "full": [0.1, 0.6],
+            "stage": [[0.1, 0.6]] * stages,
+            "prefix": [[0.1, 0.6]] * stages,
+            "plain": [0.1, 0.6],
+        },
+        "wand_bounds": [3.2 + step / 1000, 1.5, 1.1, 0.9][: stages - 1],
         "wand": {"safety": 1.0, "positions": 4096, "exit_fraction": exits, "agreement": 0.9987},
         "speculative": {
             "acceptance": 0.8 if stages > 1 else None,

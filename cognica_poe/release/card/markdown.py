@@ -12,7 +12,8 @@ from typing import Any
 
 from cognica_poe.errors import UserError
 from cognica_poe.release.card import tables
-from cognica_poe.release.card.tables import Record, is_pool, stage_count
+from cognica_poe.release.card.readings import Record
+from cognica_poe.release.card.tables import is_pool, stage_count
 from cognica_poe.release.text import MISSING, count, markdown_table, markdown_text, percent, visible
 
 _CITATION = """```bibtex
@@ -48,6 +49,7 @@ def render_card(records: Sequence[Record], release: Mapping[str, Any]) -> str:
         _architecture(latest, release),
         tables.measurements(latest),
         tables.trajectory(records, release),
+        tables.pool_against_parts(records),
         tables.bounds(records),
         tables.speculation(records),
         tables.routing(records),
@@ -93,7 +95,7 @@ def _introduction(record: Record, release: Mapping[str, Any]) -> str:
     lines += [
         "",
         "Everything in this card is generated from `analysis.json` and `trajectory.jsonl`; no figure is typed by hand. "
-        "Intervals are 95 % bootstrap intervals over validation documents.",
+        "Intervals are 95 % bootstrap intervals over validation documents (pieces of them where there are few).",
     ]
     return "\n".join(lines)
 
@@ -154,16 +156,17 @@ def _architecture(record: Record, release: Mapping[str, Any]) -> str:
     return "## Architecture\n\n" + markdown_table(("field", "value"), rows)
 
 
-_SOURCE_FIELDS = {  # of the data manifest, and whether the column is text
-    "name": True, "dataset": True, "revision": True, "languages": True, "licence": True, "documents": False,
-    "bytes": False, "share_wanted": False, "share_reached": False,
+_SOURCE_FIELDS = {  # of ``tables.source_rows``, and whether the column is text
+    "name": True, "dataset": True, "revision": True, "languages": True, "licence": True, "training_documents": False,
+    "training_bytes": False, "validation_documents": False, "validation_bytes": False, "share_wanted": False,
+    "share_reached": False,
 }  # fmt: skip
 
 
 def _data(record: Record, release: Mapping[str, Any]) -> str:
     validation = record.get("validation") or {}
     lines = ["## Data"]
-    sources = [item for item in (release.get("data") or {}).get("sources") or [] if isinstance(item, Mapping)]
+    sources = tables.source_rows(release.get("data") or {})
     if sources:
         columns = [key for key in _SOURCE_FIELDS if any(item.get(key) is not None for item in sources)]
         rows = [[_cell(key, item.get(key)) for key in columns] for item in sources]
@@ -172,8 +175,8 @@ def _data(record: Record, release: Mapping[str, Any]) -> str:
     if validation:
         lines += [
             "",
-            f"Validation: {count(validation.get('documents'))} documents held out whole, "
-            f"{count(validation.get('bytes'))} bytes, {count(validation.get('tokens'))} tokens; slice sha256 "
+            f"Validation: {tables.validation_text(validation)}, {count(validation.get('bytes'))} bytes, "
+            f"{count(validation.get('tokens'))} tokens; slice sha256 "
             f"`{markdown_text(validation.get('sha256', MISSING), 64)}`.",
         ]
     return "\n".join(lines) if len(lines) > 1 else ""

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cognica_poe.release.card.readings import Record, comparisons, gap_lines, routing_reading, wand_reading
 from cognica_poe.release.text import MISSING, count, interval, markdown_table, markdown_text, number, percent, signed
-
-Record = Mapping[str, Any]
-"""An analysis record in its JSON layout."""
 
 
 def stage_count(record: Record) -> int:
@@ -29,17 +27,21 @@ def trained_path(record: Record) -> str:
 def bpb_rows(record: Record) -> list[tuple[str, Any, Any, Any]]:
     """``(path, bits per byte, interval, accuracy)`` of every path of one record, the trained one first."""
     bpb, accuracy, intervals = record["bpb"], record.get("accuracy") or {}, record.get("intervals") or {}
-    stage_intervals = intervals.get("stage") or []
-    stage_accuracy = accuracy.get("stage") or []
+
+    def at(kind: str, index: int) -> tuple[Any, Any]:
+        """Interval and accuracy of one stage or prefix."""
+        found = (figures.get(kind) or [] for figures in (intervals, accuracy))
+        low_high, share = (values[index] if index < len(values) else None for values in found)
+        return low_high, share
+
     rows = [(trained_path(record), bpb["full"], intervals.get("full"), accuracy.get("full"))]
     if not is_pool(record):
         return rows
     for stage, value in enumerate(bpb["stage"]):
-        at = (items[stage] if stage < len(items) else None for items in (stage_intervals, stage_accuracy))
-        rows.append((f"stage {stage} alone", value, *at))
+        rows.append((f"stage {stage} alone", value, *at("stage", stage)))
     for index, value in enumerate(bpb.get("prefix") or []):
         if 0 < index < len(bpb["stage"]) - 1:  # the first prefix is stage 0 alone, the last the full pool
-            rows.append((f"first {index + 1} stages", value, None, None))
+            rows.append((f"first {index + 1} stages", value, *at("prefix", index)))
     rows.append(("plain path", bpb.get("plain"), intervals.get("plain"), accuracy.get("plain")))
     return rows
 
@@ -54,35 +56,41 @@ def measurements(record: Record) -> str:
     lines = [f"## Measurements at step {count(record['step'])}", "", markdown_table(header, rows)]
     if not is_pool(record):
         return "\n".join(lines)
-    gap = record.get("crossover_gap") or {}
-    lines += [
-        "",
-        f"The trained path is in bold. Crossover gap (full pool minus deepest stage): {signed(gap.get('value'), 6)} "
-        f"[{signed(gap.get('low'), 6)}, {signed(gap.get('high'), 6)}] bits per byte, paired over documents: "
-        f"{gap_reading(record)}.",
-    ]
-    wand = record.get("wand") or {}
-    if wand.get("exit_fraction"):
-        exits = ", ".join(f"stage {stage} {percent(part)}" for stage, part in enumerate(wand["exit_fraction"]))
+    if readings := gap_lines(record):
         lines += [
             "",
-            f"WAND early exit at safety {number(wand.get('safety'), 2)} over {count(wand.get('positions'))} positions: "
-            f"{exits}; the exited token equals the full pool's at {percent(wand.get('agreement'), 2)} of them.",
+            "The trained path is in bold. The full pool against other uses of the same weights, in bits per byte and "
+            "paired over documents (best: by its figure on this text):",
+            "",
+            *(f"- {line}." for line in readings),
         ]
+    if reading := wand_reading(record):
+        exits = record["wand"]["exit_fraction"]
+        shares = ", ".join(f"stage {stage} {percent(part)}" for stage, part in enumerate(exits))
+        safety = number(record["wand"].get("safety"), 2)
+        lines += ["", f"WAND early exit at safety {safety}: {shares}. {reading}"]
     return "\n".join(lines)
 
 
-def gap_reading(record: Record) -> str:
-    """What sign and interval of the crossover gap say. The gap compares the pool with its deepest stage, no other."""
-    gap = record.get("crossover_gap") or {}
-    low, high = gap.get("low"), gap.get("high")
-    if not isinstance(low, (int, float)) or not isinstance(high, (int, float)):
-        return "not measured"
-    if low > 0:
-        return "the pool is worse than its deepest stage"
-    if high < 0:
-        return "the pool is better than its deepest stage"
-    return "no difference from the deepest stage can be told"
+def pool_against_parts(records: Sequence[Record]) -> str:
+    """The full pool minus deepest stage, best stage and best prefix, per record; empty for one stage."""
+    rows = []
+    for record in records:
+        found = {item.role: item for item in comparisons(record)}
+        if found:
+            deepest, stage, prefix = (found.get(role) for role in ("deepest stage", "best stage", "best prefix"))
+            rows.append(
+                [count(record["step"]), deepest.figures if deepest else MISSING]
+                + [f"{item.other}: {item.figures}" if item else MISSING for item in (stage, prefix)]
+            )
+    if not rows:
+        return ""
+    header = ("step", "minus deepest stage", "minus best stage", "minus best prefix")
+    text = (
+        "Bits per byte of the full pool minus those of another use of the same weights, with paired 95 % intervals. "
+        "An interval below zero speaks for the pool, one above zero for the other, one that holds zero for neither."
+    )
+    return f"## The pool against its parts\n\n{text}\n\n{markdown_table(header, rows, 'r' * len(header))}"
 
 
 def trajectory(records: Sequence[Record], release: Mapping[str, Any]) -> str:
@@ -147,15 +155,19 @@ def speculation(records: Sequence[Record]) -> str:
         "draft stage",
         "draft length",
         "prompts",
+        "tokens each",
     )
     rows = []
     for record in measured:
         it = record["speculative"]
         row = [count(record["step"]), percent(it.get("acceptance"), 2)]
         row.append(interval((it.get("low"), it.get("high")), 3))
-        keys = ("accepted", "proposed", "rounds", "draft_stage", "k_draft", "prompts")
+        keys = ("accepted", "proposed", "rounds", "draft_stage", "k_draft", "prompts", "new_tokens")
         rows.append(row + [count(it.get(key)) for key in keys])
-    text = "Acceptance is accepted over proposed draft tokens. Greedy output equals that of `generate`."
+    text = (
+        "Acceptance is accepted over proposed draft tokens, behind the openings of held-out documents; other openings "
+        "and lengths give other figures. The interval is over these prompts. Greedy output equals that of `generate`."
+    )
     return f"## Self-speculative decoding\n\n{text}\n\n{markdown_table(header, rows, 'r' * len(header))}"
 
 
@@ -169,11 +181,16 @@ def routing(records: Sequence[Record]) -> str:
     for record in measured:
         it = record["routing"]
         row = [count(record["step"]), percent(it.get("cap"), 1), percent(it.get("regression_rate"), 2)]
-        row += [percent(it.get("fraction"), 2), number(it.get("projected_speedup"), 3), count(it.get("positions"))]
+        row += [
+            percent(it.get("fraction"), 2) + (" (cap never binds)" if it.get("fraction") == 1.0 else ""),
+            number(it.get("projected_speedup"), 3),
+            count(it.get("positions")),
+        ]
         rows.append(row)
     text = (
         "Share of positions that stage 0 may answer alone when its margin is large, at a capped rate of tokens the "
-        "full pool would have got right. The speed-up is projected from layer and head costs, not timed."
+        "full pool would have got right. The speed-up is projected from layer and head costs, not timed. "
+        f"{routing_reading(measured[-1])}"
     )
     return f"## Confidence routing\n\n{text}\n\n{markdown_table(header, rows, 'r' * len(header))}"
 
@@ -208,3 +225,29 @@ def probes(record: Record) -> str:
     ]
     text = "Greedy continuations, as the model wrote them; markup and control characters are escaped."
     return f"## Probes\n\n{text}\n\n{markdown_table(('prompt', 'continuation', 'expected', 'correct'), rows, 'llll')}"
+
+
+def source_rows(data: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The sources of a data manifest with documents and bytes by split: a manifest's totals hold both."""
+    rows = []
+    for item in data.get("sources") or []:
+        if isinstance(item, Mapping):
+            row = {key: value for key, value in item.items() if key not in ("documents", "bytes")}
+            for key in ("documents", "bytes"):
+                held = row.pop(f"val_{key}", 0) or 0
+                total = item.get(key)
+                row[f"training_{key}"] = total - held if isinstance(total, int) else None
+                row[f"validation_{key}"] = held
+            rows.append(row)
+    return rows
+
+
+def validation_text(validation: Mapping[str, Any]) -> str:
+    """What the slice is made of: whole held-out documents, a sample, or pieces where documents were too few."""
+    number_of = count(validation.get("documents"))
+    sampled = bool(validation.get("sampled"))
+    if validation.get("unit") == "piece":
+        return f"{number_of} pieces of {'a sample of ' if sampled else ''}documents held out from training"
+    if sampled:
+        return f"a sample of {number_of} documents held out from training, long ones cut"
+    return f"{number_of} documents held out whole"

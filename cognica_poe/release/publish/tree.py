@@ -101,7 +101,7 @@ def digests_of(tree: Tree) -> dict[str, str]:
 def trajectory_line(published: Published) -> dict[str, Any]:
     """What one line of ``trajectory.jsonl`` says of a step."""
     record = published.record
-    intervals, accuracy, gap = (record.get(key) or {} for key in ("intervals", "accuracy", "crossover_gap"))
+    intervals, accuracy, gaps = (record.get(key) or {} for key in ("intervals", "accuracy", "gaps"))
     return {
         "step": published.step,
         "revision": f"step-{published.step}",
@@ -114,7 +114,7 @@ def trajectory_line(published: Published) -> dict[str, Any]:
         "bpb_interval": intervals.get("full"),
         "bpb_stage": record["bpb"]["stage"],
         "accuracy": accuracy.get("full"),
-        "crossover_gap": gap.get("value"),
+        "crossover_gap": gaps["stage"][-1]["value"] if gaps.get("stage") else None,
         "wand_bounds": record.get("wand_bounds"),
         "wand_exit_fraction": (record.get("wand") or {}).get("exit_fraction"),
         "acceptance": (record.get("speculative") or {}).get("acceptance"),

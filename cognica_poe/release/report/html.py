@@ -14,7 +14,8 @@ from typing import Any
 from cognica_poe.errors import UserError
 from cognica_poe.files import write_bytes
 from cognica_poe.leftovers import sweep
-from cognica_poe.release.card.tables import bpb_rows, is_pool, stage_count, trained_path
+from cognica_poe.release.card.readings import comparisons, gap_lines, routing_reading, wand_reading
+from cognica_poe.release.card.tables import bpb_rows, is_pool, source_rows, stage_count, trained_path, validation_text
 from cognica_poe.release.report import page
 from cognica_poe.release.report.plots import comparison_plots, dig, run_plots
 from cognica_poe.release.report.run_folder import RunFolder, read_run
@@ -103,11 +104,13 @@ def _run_section(run: RunFolder, name: str, prefix: str) -> str:
     parts += [
         page.plots(run_plots(run, prefix)),
         _paths_table(run),
+        page.subsection("What the record says", page.listing(_readings(run.latest))),
         _records_table(run),
+        _parts_table(run),
         _early_exit_table(run),
         page.subsection("Probe prompts", _probes(run)),
         page.subsection("Load a revision", _loading(run)),
-        _data_table(run.data),
+        _data_table(run),
         _recipe_table(run.recipe),
         _events_table(run.events),
     ]
@@ -121,10 +124,30 @@ def _paths_table(run: RunFolder) -> str:
     return page.table(header, rows, f"Every path at step {count(run.latest['step'])}")
 
 
+def _readings(record: Mapping[str, Any]) -> list[str]:
+    """Sentences that sign and interval give, HTML."""
+    if not is_pool(record):
+        return []
+    lines = [f"The full pool against the {line}; bits per byte, paired." for line in gap_lines(record)]
+    lines += [line for line in (wand_reading(record), routing_reading(record)) if line]
+    return [html_text(line.replace("`", ""), 600) for line in lines]
+
+
+def _parts_table(run: RunFolder) -> str:
+    rows = []
+    for record in run.records:
+        if found := comparisons(record):
+            rows.append([count(record["step"]), *(html_text(f"{item.other}: {item.figures}") for item in found)])
+    if not rows:
+        return ""
+    header = ["step", "deepest stage", "best stage", "best prefix"][: max(map(len, rows))]
+    return page.table(header, rows, "Full pool minus other uses of the same weights (bits per byte, paired)")
+
+
 def _records_table(run: RunFolder) -> str:
     pool, stages = is_pool(run.latest), stage_count(run.latest)
     header = ["step", "tokens", "bits per byte", "95 % interval", "change", "accuracy"]
-    header += [*(f"stage {k}" for k in range(stages)), "plain", "gap (milli)"] if pool else []
+    header += [*(f"stage {k}" for k in range(stages)), "plain"] if pool else []
     rows = []
     for record in run.records:
         bpb, delta = record["bpb"], record.get("delta") or {}
@@ -132,12 +155,10 @@ def _records_table(run: RunFolder) -> str:
         if delta:
             kind = "signal" if delta.get("signal") else "noise"
             change = f'{signed(delta.get("full"))} <span class="{kind}">{kind}</span>'
-        gap = dig(record, "crossover_gap", "value")
         row = [count(record["step"]), count(record.get("tokens_seen")), number(bpb["full"])]
         row += [interval(dig(record, "intervals", "full")), change, percent(dig(record, "accuracy", "full"), 2)]
         if pool:
             row += [*(number(value) for value in bpb["stage"]), number(bpb.get("plain"))]
-            row.append(signed(gap * 1000 if isinstance(gap, (int, float)) else None, 2))
         rows.append(row)
     return page.table(header, rows, "All records", text_columns=0)
 
@@ -147,14 +168,17 @@ def _early_exit_table(run: RunFolder) -> str:
     if not width:
         return ""
     header = ["step", *(f"bound {k} to {k + 1}" for k in range(width)), *(f"exit {k}" for k in range(width + 1))]
-    header += ["agreement", "acceptance", "accepted / proposed", "routed"]
+    header += ["agreement", "acceptance", "accepted / proposed", "prompts x tokens", "routed"]
     rows = []
     for record in run.records:
         row = [count(record["step"]), *(number(dig(record, "wand_bounds", k)) for k in range(width))]
         row += [percent(dig(record, "wand", "exit_fraction", k)) for k in range(width + 1)]
         row += [percent(dig(record, "wand", "agreement"), 2), percent(dig(record, "speculative", "acceptance"), 2)]
         accepted, proposed = (dig(record, "speculative", key) for key in ("accepted", "proposed"))
-        rows.append([*row, f"{count(accepted)} / {count(proposed)}", percent(dig(record, "routing", "fraction"))])
+        prompts, tokens = (dig(record, "speculative", key) for key in ("prompts", "new_tokens"))
+        row += [f"{count(accepted)} / {count(proposed)}", f"{count(prompts)} x {count(tokens)}"]
+        routed = dig(record, "routing", "fraction")
+        rows.append([*row, percent(routed) + (" (cap never binds)" if routed == 1.0 else "")])
     return page.table(header, rows, "Early exit and self-speculation", text_columns=0)
 
 
@@ -208,14 +232,27 @@ model = AutoModelForCausalLM.from_pretrained("{repo}", trust_remote_code=True, *
     return "\n".join(blocks)
 
 
-def _data_table(manifest: Mapping[str, Any]) -> str:
-    sources = [item for item in manifest.get("sources") or [] if isinstance(item, Mapping)]
-    if not sources:
-        return ""
-    columns = [key for key, value in sources[0].items() if isinstance(value, (str, int, float)) or value is None]
-    columns = [key for key in columns if any(item.get(key) not in (None, "") for item in sources)][:9]
-    rows = [[_plain(key, item.get(key)) for key in columns] for item in sources]
-    return page.table([html_text(key.replace("_", " "), 40) for key in columns], rows, "Training data by source")
+_TEXT_COLUMNS = ("name", "dataset", "revision", "licence")
+
+
+def _data_table(run: RunFolder) -> str:
+    sources = source_rows(run.data)
+    parts = []
+    if sources:
+        keys = [*_TEXT_COLUMNS, *(key for key in sources[0] if key not in _TEXT_COLUMNS)]
+        known = [key for key in keys if any(_shown(item.get(key)) for item in sources)]
+        rows = [[_plain(key, item.get(key)) for key in known] for item in sources]
+        names = [html_text(key.replace("_", " "), 40) for key in known]
+        text = sum(key in _TEXT_COLUMNS for key in known)
+        parts.append(page.table(names, rows, "Data by source", text_columns=text))
+    if validation := run.latest.get("validation"):
+        said = f"{validation_text(validation)}, {count(validation.get('bytes'))} bytes"
+        parts.append(f"<p>Validation: {html_text(said)}.</p>")
+    return "\n".join(parts)
+
+
+def _shown(value: Any) -> bool:
+    return isinstance(value, (str, int, float)) and value != ""
 
 
 def _plain(key: str, value: Any) -> str:

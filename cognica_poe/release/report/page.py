@@ -24,7 +24,7 @@ h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .25rem; overflow-wrap: an
 h2 { font-size: 1.35rem; margin: 2.75rem 0 .75rem; padding-top: 1rem; border-top: 1px solid var(--line);
   overflow-wrap: anywhere; }
 h3 { font-size: 1.05rem; margin: 1.75rem 0 .5rem; }
-p { margin: .4rem 0; max-width: 75ch; } .sub, figcaption, em, .tile small { color: var(--soft); }
+p { margin: .4rem 0; } p, li { max-width: 75ch; } .sub, figcaption, em, .tile small { color: var(--soft); }
 em { font-style: normal; }
 .tiles h2 { border: 0; margin: 1.25rem 0 .5rem; padding: 0; font-size: 1.05rem; }
 .row { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: .75rem; }
@@ -60,13 +60,16 @@ depend on the tokenizer. Lower is better.</dd>
 <dt>Full pool, stage, prefix, plain path</dt><dd>All stage heads combined; one head alone at its own depth; the first
 stages combined (a shallower, cheaper model with the same weights); the last layer with the shared head only, as an
 ordinary transformer.</dd>
-<dt>Crossover gap</dt><dd>Bits per byte of the full pool minus those of the deepest stage, over the same documents.
-Below zero the pool is better than that stage, if the interval agrees. Another stage, or the pool of the first ones, may
-still be better than the full pool: see the table of paths.</dd>
+<dt>Gap</dt><dd>Bits per byte of the full pool minus those of another use of the same weights (the deepest stage, the
+stage or the first stages that do best on this text), over the same documents. An interval below zero speaks for the
+pool, one above zero for the other, one that holds zero for neither.</dd>
 <dt>WAND bounds and exits</dt><dd>A token may leave at a stage once its lead is larger than all that later stages are
-expected to change. The bounds are the 99th percentile of that change, measured on held-out tokens of each step.</dd>
+expected to change. The bounds are the 99th percentile of that change, measured on held-out tokens of each step. Exits
+are counted; whether they save time has to be timed.</dd>
+<dt>Routed</dt><dd>Share of positions that stage 0 may answer alone by its lead, at a capped rate of tokens lost. Where
+the cap never binds, the share says nothing about the lead.</dd>
 <dt>Acceptance</dt><dd>Share of tokens drafted by a shallow stage that the full pool would have chosen too. The output
-is the full pool's either way.</dd>
+is the full pool's either way. It depends on the prompts and on how many tokens follow them.</dd>
 <dt>Interval, signal, noise</dt><dd>95 % bootstrap intervals over documents. A change between two steps is a signal when
 its paired interval excludes zero.</dd>
 <dt>xz, primed xz</dt><dd>The same text under a general-purpose compressor, alone and after it has read training
@@ -128,7 +131,8 @@ def tiles(title: str, items: Iterable[tuple[str, str, str]]) -> str:
 def plots(items: Sequence[Plot]) -> str:
     """A grid of ``plots.Plot``."""
     cells = "".join(
-        f"<figure><h3>{html_text(plot.title)}</h3>\n{plot.svg}\n<figcaption>{html_text(plot.note)}</figcaption></figure>\n"
+        f"<figure><h3>{html_text(plot.title)}</h3>\n{plot.svg}\n"
+        f"<figcaption>{html_text(plot.note, 800)}</figcaption></figure>\n"
         for plot in items
     )
     return f'<div class="plots">\n{cells}</div>'
@@ -154,6 +158,11 @@ def table(
     body = "\n".join(f"<tr>{line}</tr>" for line in lines)
     caption = f"<h3>{html_text(title)}</h3>\n" if title else ""
     return f'{caption}<div class="scroll"><table>\n{body}\n</table></div>'
+
+
+def listing(items: Sequence[str]) -> str:
+    """A list of sentences, HTML each; nothing where there is none."""
+    return "<ul>" + "".join(f"<li>{item}</li>" for item in items) + "</ul>" if items else ""
 
 
 def fold(summary: str, body: str, is_open: bool = False) -> str:

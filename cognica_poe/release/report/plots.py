@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cognica_poe.release.card.tables import gap_reading, is_pool, stage_count, trained_path
+from cognica_poe.release.card.readings import comparisons, gap_lines
+from cognica_poe.release.card.tables import is_pool, stage_count, trained_path
 from cognica_poe.release.report import drawing
 from cognica_poe.release.report.run_folder import RunFolder
 
@@ -215,28 +216,29 @@ def _accuracy(run: RunFolder, name: str) -> Plot | None:
 
 
 def _gap(run: RunFolder, name: str) -> Plot | None:
-    xs, gap = series(run.records, "crossover_gap", "value")
-    if not xs or stage_count(run.latest) < 2:
+    rows = [(record["step"], {item.role: item for item in comparisons(record)}) for record in run.records]
+    rows = [row for row in rows if row[1]]
+    if not rows:
         return None
-    rows = [record for record in run.records if record["step"] in set(xs)]
-    lows, highs = (dict(zip(*series(rows, "crossover_gap", side), strict=True)) for side in ("low", "high"))
+    roles = list(rows[-1][1])
 
     def draw(axes: Axes) -> None:
         axes.axhline(0, color=drawing.INK, linewidth=1.0)
-        down = [1000 * max(0.0, y - lows.get(x, y)) for x, y in zip(xs, gap, strict=True)]
-        up = [1000 * max(0.0, highs.get(x, y) - y) for x, y in zip(xs, gap, strict=True)]
-        axes.errorbar(
-            xs, [1000 * y for y in gap], yerr=[down, up], color=_colour(0), marker="o", markersize=3.5, capsize=3,
-            linewidth=1.2,
-        )  # fmt: skip
+        for number, role in enumerate(roles):
+            found = [(step, items[role]) for step, items in rows if role in items]
+            values = [1000 * item.value for _, item in found]
+            down = [max(0.0, 1000 * (item.value - item.low)) for _, item in found]
+            up = [max(0.0, 1000 * (item.high - item.value)) for _, item in found]
+            axes.errorbar(
+                [step for step, _ in found], values, yerr=[down, up], color=_colour(number), marker="o", markersize=3.5,
+                capsize=3, linewidth=1.2, label=f"minus {role}",
+            )  # fmt: skip
         drawing.step_axis(axes)
 
-    svg = drawing.svg(name, draw, x="optimiser step", y="gap (milli-bits per byte)", label="Crossover gap", legend=0)
-    note = (
-        "Full pool minus deepest stage, with its paired 95 % interval. "
-        f"At step {run.latest['step']:,}: {gap_reading(run.latest)}."
-    )
-    return Plot("Crossover gap", svg, note)
+    svg = drawing.svg(name, draw, x="optimiser step", y="gap (milli-bits per byte)", label="Gap", legend=2)
+    said = "; ".join(gap_lines(run.latest))
+    note = f"Full pool minus another use of the same weights, with paired 95 % intervals. At the last step, {said}."
+    return Plot("The pool against its parts", svg, note)
 
 
 def _bounds(run: RunFolder, name: str) -> Plot | None:
@@ -273,7 +275,7 @@ def _exits(run: RunFolder, name: str) -> Plot | None:
 
     svg = drawing.svg(name, draw, x="optimiser step", y="tokens that leave here (%)", label="WAND exits", legend=4)
     agreement = dig(run.latest, "wand", "agreement")
-    note = "Where tokens stop at the measured bounds."
+    note = "Where tokens stop at the measured bounds; a count, not a time."
     if isinstance(agreement, (int, float)):
         note += f" At the last step {100 * agreement:.2f} % of tokens are the full pool's."
     return Plot("WAND exit stage", svg, note)

@@ -95,21 +95,46 @@ def test_hidden_characters_are_spelled_out_and_long_text_is_cut():
 
 
 @pytest.mark.parametrize(
-    "low, high, reading",
+    "unit, sampled, said",
     [
-        (-0.003, -0.001, "the pool is better than its deepest stage"),
-        (0.001, 0.003, "the pool is worse than its deepest stage"),
-        (-0.001, 0.003, "no difference from the deepest stage can be told"),
+        ("document", False, "210 documents held out whole"),
+        ("document", True, "a sample of 210 documents held out from training, long ones cut"),
+        ("piece", False, "210 pieces of documents held out from training"),
+        ("piece", True, "210 pieces of a sample of documents held out from training"),
     ],
 )
-def test_the_gap_is_read_by_its_interval_and_against_the_deepest_stage_alone(tmp_path, low, high, reading):
+def test_the_validation_text_is_called_what_it_is(tmp_path, unit, sampled, said):
     record = make_record(300)
-    record["crossover_gap"] |= {"low": low, "high": high}
-    run = make_run(tmp_path / "run")
+    record["validation"] |= {"unit": unit, "sampled": sampled}
+    for text in _texts(tmp_path, record):
+        assert f"Validation: {said}, 1,000,000 bytes" in text
+
+
+def _texts(folder, record) -> tuple[str, str]:
+    """Card and report of one record."""
+    run = make_run(folder / "run")
     write_sealed(run / "analysis" / "step-300.json", record)
-    page = write_report([run], tmp_path / "page.html").read_text()
-    for text in (render_card([record], RELEASE), page):
-        assert reading in text and "best single member" not in text and "pooling the stages helps" not in text
+    return render_card([record], RELEASE), html.unescape(write_report([run], folder / "page.html").read_text())
+
+
+def test_every_path_is_shown_with_its_interval_and_accuracy(tmp_path):
+    record = make_record(300)
+    record["intervals"]["prefix"][1] = [1.1234, 2.2345]
+    record["accuracy"]["prefix"][1] = 0.123456
+    card, page = _texts(tmp_path, record)
+    row = next(line for line in card.splitlines() if line.startswith("| first 2 stages"))
+    assert "[1.1234, 2.2345]" in row and "12.35 %" in row and "\u2013" not in row
+    assert "[1.1234, 2.2345]" in page and "12.35 %" in page
+
+
+def test_bytes_of_a_source_are_those_of_training(tmp_path):
+    sources = [{"name": "docs", "documents": 10, "bytes": 9_000, "val_documents": 1, "val_bytes": 2_000}]
+    card = render_card(RECORDS, RELEASE | {"data": {"sources": sources}})
+    header, _, row = card[card.index("| name |") :].splitlines()[:3]
+    cells = dict(zip(header.split("|")[1:-1], row.split("|")[1:-1], strict=True))
+    assert cells[" training bytes "].strip() == "7,000" and cells[" validation bytes "].strip() == "2,000"
+    page = write_report([make_run(tmp_path / "run")], tmp_path / "page.html").read_text()
+    assert "<td>810</td>" in page and "<td>90</td>" in page  # of 900 bytes, 90 held out
 
 
 def test_loading_code_lets_the_configuration_run(tmp_path):

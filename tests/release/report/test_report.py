@@ -90,7 +90,7 @@ def test_every_plot_and_every_record_is_shown(report):
     plots = [a for tag, a in page.tags if tag == "svg"]
     assert len(plots) == 3 + 10 + 5
     assert all(a["aria-label"] and a["role"] == "img" for a in plots)
-    for title in ("Training loss by stage", "Crossover gap", "WAND exit stage", "Speculative acceptance"):
+    for title in ("Training loss by stage", "The pool against its parts", "WAND exit stage", "Speculative acceptance"):
         assert f"<h3>{title}</h3>" in text
     for step in (0, 100, 200, 300):
         assert f"{make_record(step)['bpb']['full']:.4f}" in page.text
