@@ -22,9 +22,10 @@ def analyze(run: RunFolder, step: Naturals = (), json: Flag = False) -> None:
         json: Print the records as one JSON document.
     """
     from cognica_poe import pipeline
+    from cognica_poe.training.preparation import sweep_run
 
     recipe = pipeline.read_recipe(run)
-    pipeline.sweep_run(run)
+    sweep_run(run)
     records = []
     for number in pipeline.checkpoint_steps(run, step):
         model = pipeline.checkpoint_model(run, recipe, number, log)

@@ -20,9 +20,10 @@ def export(run: RunFolder, step: Natural, out: Path | None = None) -> None:
         out: Where to; RUN/release/step-N when omitted.
     """
     from cognica_poe import pipeline
+    from cognica_poe.training.preparation import sweep_run
 
     recipe = pipeline.read_recipe(run)
-    pipeline.sweep_run(run)
+    sweep_run(run)
     out = pipeline.release_folder(run, step, out)
     print(pipeline.export_step(run, recipe, pipeline.checkpoint_model(run, recipe, step, log), step, log, out))
 
@@ -38,9 +39,10 @@ def publish(run: RunFolder, to: str, replace: Flag = False, json: Flag = False) 
         json: Print one JSON document.
     """
     from cognica_poe import pipeline
+    from cognica_poe.training.preparation import sweep_run
 
     recipe = pipeline.read_recipe(run)
-    pipeline.sweep_run(run)
+    sweep_run(run)
     done = pipeline.publish_run(run, recipe, pipeline.exported_steps(run), log, to, replace)
     if json:
         return print_json(dataclasses.asdict(done))
