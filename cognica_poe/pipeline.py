@@ -159,6 +159,8 @@ def publish_run(
     from cognica_poe.release.export import WEIGHTS
     from cognica_poe.release.publish.revisions import publish
 
+    if to and to.startswith("file:"):
+        require_outside(run, Path(to.removeprefix("file:")), takes=["release/hub"])
     folders: dict[str, Path] = {}
     for step in sorted(steps):
         folder = Path(run) / "release" / f"step-{step}"

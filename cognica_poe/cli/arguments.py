@@ -141,12 +141,12 @@ def _number(kind: type, word: str) -> Any:
 
 
 def _optional(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
-    """``T | None`` reads like ``T``; the word None stands for the value None."""
+    """``T | None`` reads like ``T``, one or several; the word None stands for the value None."""
     members = get_args(info.type) if info.type_origin in (Union, types.UnionType) else ()
     others = [member for member in members if member is not type(None)]
     if len(members) != 2 or len(others) != 1:
         return None
-    part = _single(others[0], info)
+    part = _spec(others[0], info)
     return part and dataclasses.replace(
         part,
         choices=part.choices and (*part.choices, "None"),
@@ -186,7 +186,15 @@ def _single(
     kind: Any, info: tyro.constructors.PrimitiveTypeInfo
 ) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
     """How one word becomes a ``kind``; None for what takes several."""
+    part = _spec(kind, info)
+    return part if part and part.nargs == 1 else None
+
+
+def _spec(
+    kind: Any, info: tyro.constructors.PrimitiveTypeInfo
+) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
+    """How words become a ``kind``."""
     part = tyro.constructors.ConstructorRegistry.get_primitive_spec(
         tyro.constructors.PrimitiveTypeInfo.make(kind, info.markers)
     )
-    return part if isinstance(part, tyro.constructors.PrimitiveConstructorSpec) and part.nargs == 1 else None
+    return part if isinstance(part, tyro.constructors.PrimitiveConstructorSpec) else None

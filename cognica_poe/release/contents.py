@@ -56,7 +56,7 @@ def _config(file: Path) -> CognicaPoEConfig:
         value = values.get(name)
         if problem := bounds.problem(tuple(value) if isinstance(value, list) else value):
             raise UserError(f"{file}: {name} {problem}")
-    for name, default in CognicaPoEConfig().to_dict().items():
+    for name, default in {**CognicaPoEConfig().to_dict(), "dtype": "float32"}.items():
         if name in values and not _alike(values[name], default):
             raise UserError(f"{file}: {name} is {values[name]!r:.40}, where {default!r:.40} is usual; copy it again")
     try:

@@ -35,6 +35,7 @@ IMPORTS = (
     "pyarrow.parquet",
     "transformers.models.auto.tokenization_auto",
     "matplotlib.figure",
+    "encodings.cp437",  # of zip files; nobody may be unable to read Python's own files
 )
 
 

@@ -151,7 +151,7 @@ def _changes(command: str, words: list[str], world: dict[str, str], draw: random
         yield (
             "missing position",
             [*words[:at], *words[at + 1 :]],
-            (option.name, option.name.upper(), "missing", "MIX", "CHECKPOINT", "recipe"),
+            (option.name, option.name.upper(), "missing", "MIX", "RUN", "CHECKPOINT", "recipe", "--step"),
             {},
         )
         for kind, value, settings in _paths(option.name, world, draw):
@@ -166,6 +166,8 @@ def _changes(command: str, words: list[str], world: dict[str, str], draw: random
         if command == "plan" and option.name == "--data.mix":
             continue  # it reads no text
         for kind, value, settings in _values(option, world, draw):
+            if kind == "out: a foreign folder" and command in ("publish", "report"):
+                continue  # these add to a folder
             changed = [*without(words, option.name), f"{option.name}={value}"]
             if not settings and not draw.randrange(4) and not value.startswith("-"):
                 changed = [*without(words, option.name), option.name, value]

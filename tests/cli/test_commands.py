@@ -13,7 +13,7 @@ import pytest
 from cognica_poe import pipeline
 from cognica_poe.cli.data import build_data, train_tokenizer
 from cognica_poe.cli.main import parse
-from cognica_poe.cli.release import export
+from cognica_poe.cli.release import export, publish, report
 from cognica_poe.data.build import build
 from cognica_poe.data.manifest import load_manifest
 from cognica_poe.errors import UserError
@@ -168,6 +168,11 @@ def test_out_leaves_the_input_alone(run):
         export(run, 6, run / "release" / "step-12" / "x")
     with pytest.raises(UserError, match="lies inside"):
         build_data(str(run.parent / "texts"), run.parent / "texts" / "data")
+    for part in ("data", "analysis/x", "."):
+        with pytest.raises(UserError, match=r"choose another --out$"):
+            publish(run, f"file:{run / part}")
+        with pytest.raises(UserError, match=r"choose another --out$"):
+            report((run,), run / part)
     for out in (run / "data", run / "data" / "x", run):
         with pytest.raises(UserError, match=r"is what is read|lies inside|holds"):
             train_tokenizer(run / "data", out, 400)

@@ -168,7 +168,7 @@ def test_one_line_on_stderr_and_exit_code_two(setting):
         ("run tiny --model.poe-stage-layers 3 -2", "recipe tiny: model.poe-stage-layers is -2; it must be at least 1"),
         ("run tiny --data.max-bytes 9999999999999999999", "data.max-bytes is 9999999999999999999; that is too large"),
         ("run tiny --training.guard.spike-sigma inf", "training.guard.spike-sigma is inf; that is too large"),
-        ("generate a b --top-p -inf", "generate: --top-p is -inf; it must be above 0"),
+        ("generate a b --temperature 1 --top-p -inf", "generate: --top-p is -inf; it must be above 0"),
         ("serve a --port 65536", "serve: --port is 65536; it must be at most 65,535"),
         ("data pack a --tokenizer t --out o --row-len 3", "data pack: --row-len is 3; it must be at least 4"),
         ("calibrate a --text t --tokens -1", "calibrate: --tokens is -1; it must be at least 1"),
