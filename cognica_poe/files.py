@@ -189,7 +189,7 @@ def require_replaceable(path: Path, kind: str) -> None:
     for folder in (parent, *parent.parents):
         if outer := _mark_of(folder):
             raise UserError(f"{path} lies inside {folder}, a {outer} folder made by cognica-poe: choose another --out")
-    if not os.path.lexists(absolute):
+    if not _lies_there(path, absolute):
         return
     if absolute == Path.cwd():
         raise UserError(f"{path} is the folder that you are in: choose another --out")
@@ -198,6 +198,22 @@ def require_replaceable(path: Path, kind: str) -> None:
         raise UserError(
             f"{path} exists and is not a {kind} folder made by cognica-poe: choose another --out, or remove it yourself"
         )
+
+
+def _lies_there(path: Path, absolute: Path) -> bool:
+    """Whether something has the name. Raises UserError for one that nothing can have, or nothing of this user's."""
+    try:
+        absolute.lstat()
+        return True
+    except FileNotFoundError:
+        above = next(folder for folder in absolute.parents if os.path.lexists(folder))
+        if not above.is_dir():
+            raise UserError(f"{path} lies below {above}, which is no folder: choose another --out") from None
+        if not os.access(above, os.W_OK | os.X_OK):
+            raise UserError(f"{path} cannot be made: {above} may not be written to; choose another --out") from None
+        return False
+    except OSError as error:  # too long, below a file, a circle of links, behind a folder that may not be read
+        raise UserError(f"{path} cannot be made ({(error.strerror or '').lower()}): choose another --out") from error
 
 
 def require_apart(out: Path, source: Path) -> None:

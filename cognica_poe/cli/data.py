@@ -78,6 +78,10 @@ def pack_rows(data: DataFolder, tokenizer: Path, out: Path, row_len: RowLength =
     from cognica_poe.data.rows.packing import pack
     from cognica_poe.data.tokenizer import load_tokenizer
 
+    if out.is_dir():
+        others = sorted(path.name for path in out.iterdir() if not path.name.startswith(("rows-", ".")))
+        if others:
+            raise UserError(f"{out} holds {others[0]}, so it is no folder of packed rows: choose another --out")
     with hold_run_of(out):
         packed = pack(data, load_tokenizer(tokenizer), out, row_len=row_len, epoch=epoch, verify=True, log=log)
     facts = [[key, value] for key, value in dataclasses.asdict(packed).items()]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
 from cognica_poe.cli.arguments import Checkpoint, Flag, Prompt, ReleaseFolder
 from cognica_poe.cli.output import print_json, summary
 from cognica_poe.cli.progress import log
+from cognica_poe.data.documents import text_problem
+from cognica_poe.errors import UserError
 from cognica_poe.serving.options import GenerationOptions, ServerOptions
 
 
@@ -37,10 +39,17 @@ def generate(
     from cognica_poe.release.loading import load
     from cognica_poe.serving.generation import generate as generate_text
 
+    if text_problem(prompt) == "not utf-8":
+        raise UserError("generate: the prompt is not UTF-8 text; convert it")
+
+    class Streamer(TextStreamer):
+        def put(self, value: Any) -> None:
+            if self.next_tokens_are_prompt:  # not before it is clear that the prompt can be answered
+                print(prompt, end="", flush=True)
+            super().put(value)
+
     model, tokenizer = load(checkpoint, revision, cache_dir)
-    streamer = None if json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    if not json:
-        print(prompt, end="", flush=True)
+    streamer = None if json else Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     result = generate_text(model, tokenizer, prompt, options, streamer)
     if json:
         return print_json(dataclasses.asdict(result))

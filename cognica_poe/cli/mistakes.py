@@ -65,14 +65,15 @@ def refusals(words: Sequence[str]) -> Iterator[None]:
 
 
 def _given(name: object, words: Sequence[str]) -> bool:
-    """Whether ``name`` is a path that the words name, lies above or below it, or is a hidden file put beside it."""
+    """Whether ``name`` is a path that the words name, above or below one, or beside it while it is written."""
     if not isinstance(name, str | bytes):
         return False
     path = Path(os.path.abspath(os.fsdecode(name)))
     values = [word.partition("=")[2] if word.startswith("-") else word for word in words]
     given = [Path(os.path.abspath(value.removeprefix("file:"))) for value in values if value]
-    if path.name.startswith("."):
-        path = path.parent
+    hidden = [folder for folder in (path, *path.parents) if folder.name.startswith(".partial-")]
+    if hidden:  # what is being written lies beside the place that it is meant for
+        path = hidden[-1].parent
     return any(path in {place, *place.parents} or place in path.parents for place in given)
 
 

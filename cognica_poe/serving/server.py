@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cognica_poe.errors import UserError
+from cognica_poe.recipe.rules import require_ranges
 from cognica_poe.serving.options import ServerOptions
 
 
@@ -22,8 +23,8 @@ def serve(checkpoint: Path, options: ServerOptions, log: Callable[[str], None]) 
     check_release(checkpoint)
     if missing := [name for name in ("fastapi", "uvicorn", "openai") if importlib.util.find_spec(name) is None]:
         raise UserError(f"serve needs {', '.join(missing)}: pip install 'cognica-poe[serve]'")
-    if options.k_draft is not None and options.k_draft < 1:
-        raise UserError(f"serve: --k-draft is {options.k_draft}; it must be at least 1")
+    require_ranges(options, "serve: --")
+    _require_device(options.device)
     from transformers.cli.serve import Serve
 
     register_model(generation_defaults(options))
@@ -35,6 +36,18 @@ def serve(checkpoint: Path, options: ServerOptions, log: Callable[[str], None]) 
         device=options.device,
         dtype=options.dtype,
     )
+
+
+def _require_device(name: str) -> None:
+    """Raise UserError for a device that is none, or that this machine does not have."""
+    import torch
+
+    try:
+        kind = "cpu" if name == "auto" else torch.device(name).type
+    except RuntimeError as error:
+        raise UserError(f"serve: --device {name!r} names no device; use auto, cpu or cuda:0") from error
+    if kind != "cpu" and not (kind in ("cuda", "mps", "xpu") and getattr(torch, kind).is_available()):
+        raise UserError(f"serve: --device {name!r} is not there on this machine; use auto or cpu")
 
 
 def generation_defaults(options: ServerOptions) -> dict[str, Any]:
