@@ -17,7 +17,7 @@ from cognica_poe.analysis.bits_per_byte import DocumentSums, Measurement, measur
 from cognica_poe.analysis.bootstrap import Bootstrap, Interval
 from cognica_poe.analysis.conditions import one_thread
 from cognica_poe.analysis.heads import head_geometry, perturb_heads
-from cognica_poe.analysis.probes import run_probes
+from cognica_poe.analysis.probes import TOKENS, run_probes
 from cognica_poe.analysis.record import AnalysisRecord
 from cognica_poe.analysis.routing import route, stage0_cost
 from cognica_poe.analysis.speculative import choose_prompts, measure_acceptance
@@ -59,7 +59,7 @@ def analyze(
     prompts: int = 16,
     new_tokens: int = 32,
     k_draft: int = 4,
-    probe_tokens: int = 48,
+    probe_tokens: int = TOKENS,
     head_documents: int = 0,
     log: Callable[[str], None] = lambda line: None,
 ) -> AnalysisRecord:

@@ -206,6 +206,12 @@ class Probe(_Part):
     continuation: str
     expected: str
     correct: bool
+    answer: str | None
+    """The first answer that it asserts."""
+    reason: Literal["loop", "choices", "echo", "no answer"] | None
+    """Why it asserts none."""
+    facts: dict[str, bool | None]
+    """Secondary facts; null where it does not speak of them."""
 
 
 class Delta(_Part):

@@ -60,7 +60,17 @@ def fields(step=100):
         },
         "baseline": {"xz_bpb": 2.5, "xz_primed_bpb": None},
         "validation": {"documents": 3, "bytes": 100, "tokens": 50, "sha256": "ff" * 32, "window": 16},
-        "probes": [{"prompt": "a", "continuation": "é\u202e\x1b", "expected": "b", "correct": False}],
+        "probes": [
+            {
+                "prompt": "a",
+                "continuation": "é\u202e\x1b",
+                "expected": "b",
+                "correct": False,
+                "answer": "é",
+                "reason": None,
+                "facts": {"c": None},
+            }
+        ],
         "delta": None,
         "seconds": 1.0,
         "versions": {"torch": "2"},

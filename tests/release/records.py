@@ -19,6 +19,19 @@ def difference(value: float, half: float) -> dict[str, float]:
     return {"value": value, "low": value - half, "high": value + half}
 
 
+def probe(prompt: str, text: str, expected: str, answer: str | None, reason: str | None = None, facts=None) -> dict:
+    """A graded continuation."""
+    return {
+        "prompt": prompt,
+        "continuation": text,
+        "expected": expected,
+        "correct": answer == expected,
+        "answer": answer,
+        "reason": reason,
+        "facts": facts or {},
+    }
+
+
 def make_record(step: int, *, name: str = "tiny-poe", path: str = "pool", stages: int = STAGES) -> dict[str, Any]:
     """A record whose figures fall with ``step`` as those of a real run do."""
     full = 4.2 / (1 + step / 60) ** 0.35
@@ -85,8 +98,9 @@ def make_record(step: int, *, name: str = "tiny-poe", path: str = "pool", stages
         "baseline": {"xz_bpb": 2.4, "xz_primed_bpb": 1.9},
         "validation": {"documents": 210, "bytes": 1_000_000, "tokens": 250_000, "sha256": "ab" * 32, "window": 512},
         "probes": [
-            {"prompt": "The capital of France is", "continuation": HOSTILE, "expected": "Paris", "correct": False},
-            {"prompt": "The opposite of hot is", "continuation": " cold.", "expected": "cold", "correct": True},
+            probe("The capital of France is", HOSTILE, "Paris", None, "no answer"),
+            probe("The opposite of hot is", " cold.", "cold", "cold"),
+            probe("The chemical symbol of gold is", " Ag|<b>", "Au", "Ag|<b>", facts={"atomic number 79": step > 100}),
         ],
         "delta": {"previous_step": step - 100, "full": -0.1, "low": -0.2, "high": -0.05, "signal": True}
         if step

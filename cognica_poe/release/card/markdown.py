@@ -12,6 +12,7 @@ from typing import Any
 
 from cognica_poe.errors import UserError
 from cognica_poe.release.card import tables
+from cognica_poe.release.card.capabilities import capabilities
 from cognica_poe.release.card.readings import Record
 from cognica_poe.release.card.tables import is_pool, stage_count
 from cognica_poe.release.text import MISSING, count, markdown_table, markdown_text, percent, visible
@@ -54,6 +55,7 @@ def render_card(records: Sequence[Record], release: Mapping[str, Any]) -> str:
         tables.speculation(records),
         tables.routing(records),
         tables.baselines(latest),
+        capabilities(records),
         tables.probes(latest),
         _data(latest, release),
         _closing(latest),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cognica_poe.release.card.capabilities import verdict
 from cognica_poe.release.card.readings import Record, comparisons, gap_lines, routing_reading, wand_reading
 from cognica_poe.release.text import MISSING, count, interval, markdown_table, markdown_text, number, percent, signed
 
@@ -217,14 +218,15 @@ def probes(record: Record) -> str:
     rows = [
         (
             markdown_text(probe.get("prompt", "")),
-            markdown_text(probe.get("continuation", "")),
+            markdown_text(probe.get("continuation", ""), 400),
             markdown_text(probe.get("expected", "")),
-            "yes" if probe.get("correct") else "no",
+            markdown_text(verdict(probe), 60),
         )
         for probe in probes
     ]
     text = "Greedy continuations, as the model wrote them; markup and control characters are escaped."
-    return f"## Probes\n\n{text}\n\n{markdown_table(('prompt', 'continuation', 'expected', 'correct'), rows, 'llll')}"
+    table = markdown_table(("prompt", "continuation", "expected", "graded"), rows, "llll")
+    return f"## Probes at step {count(record['step'])}\n\n{text}\n\n{table}"
 
 
 def source_rows(data: Mapping[str, Any]) -> list[dict[str, Any]]:

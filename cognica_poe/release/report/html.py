@@ -18,6 +18,7 @@ from cognica_poe.release.card.readings import comparisons, gap_lines, routing_re
 from cognica_poe.release.card.tables import bpb_rows, is_pool, source_rows, stage_count, trained_path, validation_text
 from cognica_poe.release.report import page
 from cognica_poe.release.report.plots import comparison_plots, dig, run_plots
+from cognica_poe.release.report.probes import probes_section
 from cognica_poe.release.report.run_folder import RunFolder, read_run
 from cognica_poe.release.text import MISSING, count, html_text, interval, number, percent, signed
 
@@ -108,7 +109,7 @@ def _run_section(run: RunFolder, name: str, prefix: str) -> str:
         _records_table(run),
         _parts_table(run),
         _early_exit_table(run),
-        page.subsection("Probe prompts", _probes(run)),
+        page.subsection("Probe prompts", probes_section(run.records)),
         page.subsection("Load a revision", _loading(run)),
         _data_table(run),
         _recipe_table(run.recipe),
@@ -180,26 +181,6 @@ def _early_exit_table(run: RunFolder) -> str:
         routed = dig(record, "routing", "fraction")
         rows.append([*row, percent(routed) + (" (cap never binds)" if routed == 1.0 else "")])
     return page.table(header, rows, "Early exit and self-speculation", text_columns=0)
-
-
-def _probes(run: RunFolder) -> str:
-    by_prompt: dict[str, list[tuple[int, Mapping[str, Any]]]] = {}
-    for record in run.records:
-        for probe in record.get("probes") or []:
-            by_prompt.setdefault(str(probe.get("prompt")), []).append((record["step"], probe))
-    blocks: list[str] = []
-    for prompt, probes in by_prompt.items():
-        rows = []
-        for step, probe in probes:
-            kind, word = ("signal", "yes") if probe.get("correct") else ("noise", "no")
-            text = html_text(probe.get("continuation", ""), 300)
-            rows.append((count(step), f'<span class="{kind}">{word}</span>', text))
-        right = sum(bool(probe.get("correct")) for _, probe in probes)
-        expected = html_text(probes[-1][1].get("expected", ""), 60)
-        summary = f"{html_text(prompt)} <em>expected: {expected}; right at {right} of {len(rows)} steps</em>"
-        body = page.table(("step", "right", "greedy continuation"), rows, "", text_columns=0, last_is_text=True)
-        blocks.append(page.fold(summary, body, is_open=not blocks))
-    return "\n".join(blocks)
 
 
 def _shown_path(path: Path) -> str:

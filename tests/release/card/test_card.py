@@ -127,6 +127,24 @@ def test_every_path_is_shown_with_its_interval_and_accuracy(tmp_path):
     assert "[1.1234, 2.2345]" in page and "12.35 %" in page
 
 
+def test_the_capability_table_has_every_step_and_says_what_it_is_worth(tmp_path):
+    card = render_card(RECORDS, RELEASE)
+    section = card[card.index("## Capabilities") : card.index("## Probes at step 300")]
+    assert "3 prompts are an anecdote, not a benchmark" in section
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line[:2] == "| "]
+    assert rows[0] == ["step", *(probe["prompt"] for probe in RECORDS[0]["probes"]), "atomic number 79"]
+    wrong = "wrong&#58; Ag&#124;&#60;b&#62;"
+    assert rows[2:] == [
+        [str(step), "none &#40;no answer&#41;", "right&#58; cold", wrong, "yes" if step > 100 else "no"]
+        for step in (0, 100, 300)
+    ]
+    page = write_report([make_run(tmp_path / "run")], tmp_path / "page.html").read_text()
+    assert "3 prompts are an anecdote" in page and "right: cold" in page and "wrong: Ag|&lt;b&gt;" in page
+    seven = copy.deepcopy(RECORDS[0])
+    seven["probes"] = [{**seven["probes"][1], "prompt": f"p{index}"} for index in range(7)]
+    assert "Seven prompts are an anecdote" in render_card([seven], RELEASE)
+
+
 def test_bytes_of_a_source_are_those_of_training(tmp_path):
     sources = [{"name": "docs", "documents": 10, "bytes": 9_000, "val_documents": 1, "val_bytes": 2_000}]
     card = render_card(RECORDS, RELEASE | {"data": {"sources": sources}})

@@ -1,0 +1,73 @@
+"""The capability table: which probe was answered rightly at which step, and secondary facts beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cognica_poe.release.text import MISSING, count, markdown_table, markdown_text
+
+_LONGEST = 28  # characters of an answer in a cell
+
+
+def anecdote(prompts: Sequence[str]) -> str:
+    """What the table is worth, said where it stands."""
+    number = {7: "Seven"}.get(len(prompts), count(len(prompts)))
+    are = "prompts are" if len(prompts) != 1 else "prompt is"
+    return (
+        f"{number} {are} an anecdote, not a benchmark: one greedy continuation each, graded by rule. The first "
+        "asserted answer counts; a loop, a list of choices or an echo of the prompt is no answer."
+    )
+
+
+def verdict(probe: Mapping[str, Any]) -> str:
+    """``right: Au``, ``wrong: Saturday`` or ``none (loop)``; plain text, not escaped."""
+    answer = probe.get("answer")
+    if answer is None:
+        return f"none ({probe.get('reason') or 'no answer'})"
+    shown = str(answer) if len(str(answer)) <= _LONGEST else f"{str(answer)[:_LONGEST]}..."
+    return f"{'right' if probe.get('correct') else 'wrong'}: {shown}"
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """``columns``: prompts, then secondary facts by name; ``rows``: ``(step, cells)``, plain text."""
+
+    prompts: list[str]
+    columns: list[str]
+    rows: list[tuple[int, list[str]]]
+
+    @classmethod
+    def of(cls, records: Sequence[Mapping[str, Any]]) -> Capabilities:
+        """Of records in the order given; a prompt that a record lacks is a dash there."""
+        prompts: list[str] = []
+        facts: list[tuple[str, str]] = []
+        for record in records:
+            for probe in record.get("probes") or []:
+                prompt = str(probe.get("prompt"))
+                prompts += [prompt] if prompt not in prompts else []
+                facts += [(prompt, name) for name in probe.get("facts") or {} if (prompt, name) not in facts]
+        rows = []
+        for record in records:
+            by_prompt = {str(probe.get("prompt")): probe for probe in record.get("probes") or []}
+            cells = [verdict(by_prompt[prompt]) if prompt in by_prompt else MISSING for prompt in prompts]
+            cells += [_fact((by_prompt.get(prompt) or {}).get("facts") or {}, name) for prompt, name in facts]
+            rows.append((record["step"], cells))
+        return cls(prompts, [*prompts, *(name for _, name in facts)], rows)
+
+
+def _fact(facts: Mapping[str, Any], name: str) -> str:
+    stated = facts.get(name)
+    return MISSING if stated is None else "yes" if stated else "no"
+
+
+def capabilities(records: Sequence[Mapping[str, Any]]) -> str:
+    """Section of the card; empty where no record has probes."""
+    found = Capabilities.of(records)
+    if not found.prompts:
+        return ""
+    header = ["step", *(markdown_text(name, 60) for name in found.columns)]
+    rows = [[count(step), *(markdown_text(cell, 60) for cell in cells)] for step, cells in found.rows]
+    table = markdown_table(header, rows, "r" + "l" * len(found.columns))
+    return f"## Capabilities\n\n{anecdote(found.prompts)}\n\n{table}"
