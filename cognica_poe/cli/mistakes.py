@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from cognica_poe.errors import UserError
+from cognica_poe.locks import LOCK
 
 LONGEST = 300
 """Characters of a message; what stands in the middle of a longer one is left out."""
@@ -71,8 +72,8 @@ def _given(name: object, words: Sequence[str]) -> bool:
     path = Path(os.path.abspath(os.fsdecode(name)))
     values = [word.partition("=")[2] if word.startswith("-") else word for word in words]
     given = [Path(os.path.abspath(value.removeprefix("file:"))) for value in values if value]
-    hidden = [folder for folder in (path, *path.parents) if folder.name.startswith(".partial-")]
-    if hidden:  # what is being written lies beside the place that it is meant for
+    hidden = [folder for folder in (path, *path.parents) if folder.name.startswith((".partial-", LOCK))]
+    if hidden:  # a lock, and what is being written, lie beside the place that they are for
         path = hidden[-1].parent
     return any(path in {place, *place.parents} or place in path.parents for place in given)
 

@@ -155,7 +155,7 @@ def _changes(command: str, words: list[str], world: dict[str, str], draw: random
             {},
         )
         for kind, value, settings in _paths(option.name, world, draw):
-            yield f"position: {kind}", [*words[:at], value, *words[at + 1 :]], _shown(value), settings
+            yield f"position: {kind}", [*words[:at], value, *words[at + 1 :]], (option.name, *_shown(value)), settings
     for option in options:
         if option.positional or option.kinds == {bool}:
             continue
@@ -174,7 +174,7 @@ def _changes(command: str, words: list[str], world: dict[str, str], draw: random
             yield (
                 kind,
                 changed,
-                (option.name, option.name.removeprefix("--"), *_shown(value), str(Path(value).parent)),
+                (option.name, option.name.removeprefix("--"), *_shown(value)),
                 settings,
             )
 
@@ -193,11 +193,12 @@ def without(words: list[str], option: str) -> list[str]:
 
 def _shown(value: str) -> tuple[str, ...]:
     """How a value may stand in a message."""
-    return (
-        (value, value[:40], repr(value)[1:-1], value.encode("utf-8", "backslashreplace").decode())
-        if value
-        else ("''", "empty", ".")
-    )
+    if not value:
+        return "''", "empty", " . ", " ."
+    path = value.removeprefix("file:")
+    escaped = path.encode("utf-8", "backslashreplace").decode()
+    above = (str(Path(path).parent),) if path.startswith("/") else ()
+    return (path, path[:40], repr(path)[1:-1], escaped, *above)
 
 
 NUMBERS = {
