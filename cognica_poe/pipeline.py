@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cognica_poe.analysis.record import AnalysisRecord, MadeFrom, load_records, read_record, record_path
+from cognica_poe.analysis.record import AnalysisRecord, MadeFrom, read_record, record_path, sums_path
 from cognica_poe.data.manifest import load_manifest, read_documents
 from cognica_poe.data.rows.reader import Rows
 from cognica_poe.data.tokenizer import load_tokenizer
@@ -80,7 +80,6 @@ def analyze_step(run: Path, recipe: Recipe, model: Any, step: int, log: Log) -> 
     from cognica_poe.analysis.analyzer import analyze
 
     folder, parts = Path(run) / "analysis", require_parts(run, recipe)
-    earlier = [record for record in load_records(folder) if record.step < step]
     record = analyze(
         model,
         load_tokenizer(Path(run) / "tokenizer"),
@@ -89,7 +88,6 @@ def analyze_step(run: Path, recipe: Recipe, model: Any, step: int, log: Log) -> 
         tokens_seen=step * recipe.training.batch_rows * recipe.model.max_position_embeddings,
         name=recipe.name,
         val_max_bytes=recipe.release.val_max_bytes,
-        previous=earlier[-1] if earlier else None,
         baseline=baseline(run, recipe, log),
         safety=recipe.release.wand_safety,
         k_draft=recipe.release.k_draft,
@@ -138,6 +136,7 @@ def export_step(run: Path, recipe: Recipe, model: Any, step: int, log: Log, out:
         step=step,
         repo_id=recipe.release.repo_id,
         about={**_started_from(run), "data": data, "made_from": parts},
+        sums=sums_path(file) if record.sums is not None else None,
         log=log,
     )
 

@@ -21,6 +21,7 @@ from cognica_poe.analysis.probes import TOKENS, run_probes
 from cognica_poe.analysis.record import AnalysisRecord
 from cognica_poe.analysis.routing import route, stage0_cost
 from cognica_poe.analysis.speculative import choose_prompts, measure_acceptance
+from cognica_poe.analysis.sums import Sums, count_positions
 from cognica_poe.analysis.validation import ValidationSlice, validation_slice
 from cognica_poe.analysis.wand import CALIBRATION_TOKENS, cross_fit
 from cognica_poe.data.manifest import read_documents
@@ -52,7 +53,6 @@ def analyze(
     name: str,
     val_max_bytes: int | None = None,
     batch_rows: int = 16,
-    previous: AnalysisRecord | None = None,
     baseline: Mapping[str, Any] | None = None,
     seed: int = 0,
     safety: float = 1.0,
@@ -71,7 +71,6 @@ def analyze(
         step, tokens_seen, name: of the checkpoint, stored as given.
         val_max_bytes: measure on a sample of this many bytes (see ``validation_slice``); ``None`` takes all.
         batch_rows: most windows per forward pass.
-        previous: an earlier record with its document sums; gives ``delta`` if it was measured on the same slice.
         baseline: what ``xz_baseline`` returned for the texts of the same ``validation_slice``, or ``None``.
         seed: of the bootstrap.
         safety: of WAND.
@@ -108,18 +107,18 @@ def analyze(
         **path_fields(result.sums, bootstrap),
         "wand_bounds": wand.pop("bounds"),
         "wand": wand,
-        "speculative": asdict(speculative),
+        "speculative": {key: value for key, value in asdict(speculative).items() if key != "by_prompt"},
         "routing": asdict(route(result.positions, stage0_cost(config))) if result.sums.stages > 1 else None,
         "heads": _heads(model, tokenizer, part, head_documents, batch_rows, seed, log),
         "baseline": dict(baseline) if baseline is not None else None,
         "validation": _validation(part, result),
         "probes": [asdict(probe) for probe in probes],
-        "delta": _delta(result.sums, part, previous, bootstrap, log),
         "seconds": time.perf_counter() - started,
         "versions": _versions(),
     }
     record = AnalysisRecord.model_validate(fields)
-    record._documents = result.sums
+    drafts = np.array(speculative.by_prompt, dtype=np.int64).T if speculative.by_prompt else None
+    record._sums = Sums(result.sums, count_positions(result.positions), drafts)
     log(f"step {step}: {record.bpb.full:.4f} bits per byte ({record.path} path) in {record.seconds:.1f} s")
     return record
 
@@ -212,31 +211,6 @@ def _heads(
         texts = part.texts[: max(2, documents)]
         changes = perturb_heads(model, tokenizer, texts, batch_rows=batch_rows, seed=seed, log=log)
     return {**asdict(geometry), "perturbations": changes and [asdict(change) for change in changes]}
-
-
-def _delta(
-    sums: DocumentSums,
-    part: ValidationSlice,
-    previous: AnalysisRecord | None,
-    bootstrap: Bootstrap,
-    log: Callable[[str], None],
-) -> dict[str, Any] | None:
-    """Paired change of the full BPB since ``previous``; ``None`` (said in the log) if the two cannot be paired."""
-    if previous is None:
-        return None
-    if previous.validation.sha256 != part.sha256 or previous.documents is None:
-        reason = "has no document sums" if previous.documents is None else "was measured on another slice"
-        log(f"no delta: the record of step {previous.step} {reason}")
-        return None
-    before = previous.documents
-    change = bootstrap.difference(sums.nats["full"], sums.bytes, before.nats["full"], before.bytes, _BITS)
-    return {
-        "previous_step": previous.step,
-        "full": change.value,
-        "low": change.low,
-        "high": change.high,
-        "signal": change.signal,
-    }
 
 
 def _versions() -> dict[str, str]:

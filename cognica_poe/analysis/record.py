@@ -1,7 +1,7 @@
-"""The analysis record of one checkpoint: schema, files, comparison with its predecessor.
+"""The analysis record of one checkpoint: schema and files.
 
-``analysis/step-N.json`` holds everything that a report or card prints; ``analysis/step-N.documents.npz`` beside it the
-per-document sums, from which the paired interval of the change to the next record is computed. NaN and infinity,
+``analysis/step-N.json`` holds what a report or card prints of one step; ``analysis/step-N.documents.npz`` beside it the
+sums (``sums.py``) from which ``changes.py`` computes paired changes between any two records. NaN and infinity,
 unknown fields and contradictions between fields are refused on writing and on reading. A record names what was
 measured, carries the sha256 of its own content and that of the sums: a changed byte is named by whoever reads.
 """
@@ -9,19 +9,15 @@ measured, carries the sha256 of its own content and that of the sums: a changed 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import math
-import zipfile
 from collections.abc import Sized
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
-from cognica_poe.analysis.bits_per_byte import DocumentSums
+from cognica_poe.analysis.sums import Sums, pack, unpack
 from cognica_poe.errors import UserError
 from cognica_poe.files import write_bytes, write_json
 from cognica_poe.seals import SEAL, read_sealed, require_sha256, sealed
@@ -214,17 +210,6 @@ class Probe(_Part):
     """Secondary facts; null where it does not speak of them."""
 
 
-class Delta(_Part):
-    """Change of the full BPB since the previous record on the same slice."""
-
-    previous_step: Count
-    full: float
-    low: float
-    high: float
-    signal: bool
-    """True if the interval excludes zero."""
-
-
 class AnalysisRecord(_Part):
     """All measurements of one checkpoint."""
 
@@ -247,15 +232,14 @@ class AnalysisRecord(_Part):
     baseline: Baseline | None
     validation: Validation
     probes: list[Probe]
-    delta: Delta | None
     seconds: Annotated[float, Field(ge=0.0)]
     versions: dict[str, str]
     made_from: MadeFrom | None = None
     documents_sha256: Sha256 | None = None
-    """Of the file of per-document sums."""
+    """Of the file of sums per document and prompt."""
     sha256: Sha256 | None = None
     """Of the content of this record, the key itself left out; null until it is written."""
-    _documents: DocumentSums | None = PrivateAttr(default=None)
+    _sums: Sums | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")
     def _consistent(self) -> AnalysisRecord:
@@ -288,9 +272,9 @@ class AnalysisRecord(_Part):
         return self
 
     @property
-    def documents(self) -> DocumentSums | None:
-        """Per-document sums, if they were stored beside the record."""
-        return self._documents
+    def sums(self) -> Sums | None:
+        """Sums per document and prompt, if they were stored beside the record."""
+        return self._sums
 
     def write(self, folder: Path) -> Path:
         """Write ``step-N.json`` (and ``step-N.documents.npz``) into ``folder``; returns the path of the JSON.
@@ -299,9 +283,9 @@ class AnalysisRecord(_Part):
         """
         path = record_path(folder, self.step)
         self.documents_sha256 = None
-        if self._documents is not None:  # first, so that a record never lacks the sums it was made with
-            packed = _pack(self._documents)
-            write_bytes(_documents_path(path), packed)
+        if self._sums is not None:  # first, so that a record never lacks the sums it was made with
+            packed = pack(self._sums)
+            write_bytes(sums_path(path), packed)
             self.documents_sha256 = hashlib.sha256(packed).hexdigest()
         content = sealed(self.model_dump(mode="json"))
         self.sha256 = content[SEAL]
@@ -319,12 +303,22 @@ def record_path(folder: Path, step: int) -> Path:
     return Path(folder) / f"step-{step}.json"
 
 
-def _documents_path(path: Path) -> Path:
+def sums_path(path: Path) -> Path:
+    """Where the sums of the record at ``path`` lie."""
     return path.with_suffix(".documents.npz")
 
 
+def read_sums(path: Path, documents_sha256: str | None) -> Sums | None:
+    """The sums beside the record at ``path``, None if there are none. Raises UserError where they are not its own."""
+    file = sums_path(path)
+    if not file.is_file():
+        return None
+    require_sha256(file, documents_sha256 or "that of no sums", "per-document sums", _REMEDY)
+    return unpack(file, str(file), _REMEDY)
+
+
 def read_record(path: Path) -> AnalysisRecord:
-    """Read and check a record, with its document sums where they lie beside it.
+    """Read and check a record, with its sums where they lie beside it.
 
     Raises UserError naming the file and the first fault.
     """
@@ -339,10 +333,7 @@ def read_record(path: Path) -> AnalysisRecord:
         where = ".".join(map(str, first["loc"])) or "the record"
         message = f"analysis record {path} is not valid: {where}: {first['msg']}; {_REMEDY}"
         raise UserError(" ".join(message.split())) from error
-    sums = _documents_path(path)
-    if sums.is_file():
-        require_sha256(sums, record.documents_sha256 or "that of no sums", "per-document sums", _REMEDY)
-        record._documents = _unpack(sums)
+    record._sums = read_sums(path, record.documents_sha256)
     return record
 
 
@@ -356,25 +347,3 @@ def json_schema() -> dict[str, Any]:
     """JSON Schema (2020-12) of a record."""
     schema = AnalysisRecord.model_json_schema()
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
-
-
-def _pack(sums: DocumentSums) -> bytes:
-    arrays: dict[str, NDArray[Any]] = {"bytes": sums.bytes, "targets": sums.targets}
-    for kind, values in (("nats", sums.nats), ("correct", sums.correct)):
-        arrays |= {f"{kind}.{name}": array for name, array in values.items()}
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, allow_pickle=False, **arrays)
-    return buffer.getvalue()
-
-
-def _unpack(path: Path) -> DocumentSums:
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in stored.files}
-        sums = DocumentSums(arrays.pop("bytes"), arrays.pop("targets"), {}, {})
-        for name, array in arrays.items():
-            kind, _, column = name.partition(".")
-            {"nats": sums.nats, "correct": sums.correct}[kind][column] = array
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"per-document sums {path} cannot be read; {_REMEDY}") from error
-    return sums

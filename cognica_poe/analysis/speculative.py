@@ -38,6 +38,8 @@ class SpeculativeResult:
     k_draft: int
     prompts: int
     new_tokens: int
+    by_prompt: list[tuple[int, int]]
+    """Proposed and accepted tokens of every prompt."""
 
 
 def choose_prompts(tokenizer: Tokenizer, texts: Sequence[str], *, count: int, tokens: int) -> Prompts:
@@ -69,7 +71,7 @@ def measure_acceptance(
     list of prompts: acceptance is then ``None``. With fewer than two prompts that proposed something the interval is
     ``None``.
     """
-    empty = SpeculativeResult(None, None, None, 0, 0, 0, draft_stage, k_draft, 0, new_tokens)
+    empty = SpeculativeResult(None, None, None, 0, 0, 0, draft_stage, k_draft, 0, new_tokens, [])
     if model.config.poe_mode == "none" or model.config.num_stages == 1 or not prompts:
         return empty
     device = next(model.parameters()).device
@@ -104,4 +106,5 @@ def measure_acceptance(
         k_draft=k_draft,
         prompts=len(rows),
         new_tokens=new_tokens,
+        by_prompt=[(row[0], row[1]) for row in rows],
     )

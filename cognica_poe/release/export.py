@@ -1,8 +1,8 @@
 """A release folder: everything of one step that a stranger needs, checked before it gets its name.
 
 ``model.safetensors``, ``config.json`` (with this step's WAND bounds and the auto_map), ``generation_config.json``, the
-tokenizer, the model code (the same bytes in every revision), ``analysis.json``, ``release.json``, ``README.md`` (the
-card, rendered from the two), ``LICENSE`` and ``MANIFEST.sha256``.
+tokenizer, the model code (the same bytes in every revision), ``analysis.json`` and the sums behind it,
+``release.json``, ``README.md`` (the card, rendered from the two), ``LICENSE`` and ``MANIFEST.sha256``.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from cognica_poe.files import (
 )
 from cognica_poe.release.card.markdown import render_card
 from cognica_poe.release.contents import check_contents
+from cognica_poe.seals import require_sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,6 +48,8 @@ REQUIRED = (
     "release.json", "README.md", "LICENSE", "modeling_cognica_poe.py", "configuration_cognica_poe.py",
 )  # fmt: skip
 """Files that every release holds, among others."""
+SUMS = "analysis.documents.npz"
+"""File of the record's sums per document and prompt, from which the card of several steps computes changes."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 _PROBE = 24  # tokens of the reload check
 
@@ -77,16 +80,17 @@ def export_release(
     step: int,
     repo_id: str | None = None,
     about: Mapping[str, Any] | None = None,
+    sums: Path | None = None,
     dtype: str = "float32",
     log: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Write the release folder ``out`` of ``model`` at ``step``, or nothing at all; returns ``out``.
 
     ``record``: the step's analysis record (JSON layout). ``wand_bounds`` [K-1], nats, go into the config. ``about``:
-    what the card says beside the record (``license``, ``languages``, ``description``, ``data``). ``dtype``: of the
-    stored weights. The model is left as it was. Raises UserError when ``out`` holds anything but a release, when
-    record, bounds, tokenizer and weights do not belong together, or the written folder does not give back the same
-    weights and logits.
+    what the card says beside the record (``license``, ``languages``, ``description``, ``data``). ``sums``: the file
+    beside the record, where there is one. ``dtype``: of the stored weights. The model is left as it was. Raises
+    UserError when ``out`` holds anything but a release, when record, bounds, tokenizer and weights do not belong
+    together, or the written folder does not give back the same weights and logits.
     """
     out = Path(out)
     require_replaceable(out, "release")
@@ -107,6 +111,9 @@ def export_release(
             _compare(model, state, folder, stored)
         export_tokenizer(Path(tokenizer_dir), folder, model.config.max_position_embeddings)
         write_json(folder / "analysis.json", data)
+        if sums is not None:
+            require_sha256(sums, data.get("documents_sha256") or "that of no sums", "sums", "analyze this step again")
+            write_bytes(folder / SUMS, sums.read_bytes())
         write_json(folder / "release.json", _plain(described))
         write_bytes(folder / "README.md", card_of(folder).encode())
         write_bytes(folder / "LICENSE", _license().encode())

@@ -5,6 +5,7 @@ import torch
 
 from cognica_poe.analysis.analyzer import analyze, weights_sha256
 from cognica_poe.analysis.baseline import xz_baseline
+from cognica_poe.analysis.changes import Change, changes
 from cognica_poe.analysis.record import read_record
 from cognica_poe.data.build import build
 from cognica_poe.data.manifest import read_documents
@@ -46,7 +47,7 @@ def test_record_of_a_pool(data_dir, tmp_path):
     assert record.speculative.prompts == 3 and record.speculative.proposed > 0
     assert len(record.probes) == 7 and record.routing.positions == record.validation.tokens
     assert record.model.parameters == sum(p.numel() for p in model.parameters())
-    assert record.baseline.xz_primed_bpb == 1.5 and record.delta is None
+    assert record.baseline.xz_primed_bpb == 1.5
     assert any("bits per byte" in line for line in lines)
     again = read_record(record.write(tmp_path / "analysis"))
     assert again.model_dump() == record.model_dump()
@@ -86,23 +87,30 @@ def test_record_of_one_stage(data_dir):
     assert record.wand_bounds == [] and record.speculative.acceptance is None
 
 
-def test_delta_is_paired_with_the_previous_record(data_dir, tmp_path):
-    tokenizer = ByteTokenizer()
-    model = small_model()
-    first = read_record(analyze(model, tokenizer, data_dir, **OPTIONS).write(tmp_path))
-    same = analyze(model, tokenizer, data_dir, previous=first, **{**OPTIONS, "step": 20})
-    assert same.delta.full == same.delta.low == same.delta.high == 0.0
-    assert not same.delta.signal and same.delta.previous_step == 10
+def test_what_is_kept_gives_the_change_to_another_record(data_dir, tmp_path):
+    tokenizer, model, kept = ByteTokenizer(), small_model(), {}
+
+    def measure(step, **options):
+        made = analyze(model, tokenizer, data_dir, **{**OPTIONS, "step": step, **options})
+        record = read_record(made.write(tmp_path))
+        kept[step] = record.sums
+        return record
+
+    first, same = measure(10), measure(20)
     with torch.no_grad():
         model.lm_head.weight.mul_(4.0)  # a much worse model
-    worse = analyze(model, tokenizer, data_dir, previous=first, **{**OPTIONS, "step": 20})
-    assert worse.delta.full == pytest.approx(worse.bpb.full - first.bpb.full)
-    assert worse.delta.signal and worse.delta.low > 0
-    other, lines = analyze(model, tokenizer, data_dir, val_max_bytes=300, **OPTIONS), []
-    assert analyze(model, tokenizer, data_dir, previous=other, log=lines.append, **OPTIONS).delta is None
-    assert any("another slice" in line for line in lines)
-    first._documents = None
-    assert analyze(model, tokenizer, data_dir, previous=first, **OPTIONS).delta is None
+    worse, other = measure(30), measure(40, val_max_bytes=300)
+    found, number = changes([record.model_dump(mode="json") for record in (other, worse, same, first)], kept)
+    assert [found[step].base for step in (10, 20, 30, 40)] == [None, 10, 20, 30]
+    assert set(found[20].figures.values()) == {Change(0.0, 0.0, 0.0, 1.0, False)}
+    bpb = found[30].figures["bpb.full"]
+    assert bpb.value == pytest.approx(worse.bpb.full - first.bpb.full) and bpb.signal and 0 < bpb.low < bpb.high
+    bound = found[30].figures["bounds.0"]
+    assert bound.value == worse.wand_bounds[0] - same.wand_bounds[0] and bound.low <= bound.value <= bound.high
+    assert set(found[30].figures) == {"bpb.full", "accuracy.full", "accuracy.stage0", "accuracy.stage1",
+                                      "accuracy.stage2", "bounds.0", "bounds.1", "routing", "acceptance"}  # fmt: skip
+    assert number == {"bpb": 2, "accuracy": 8, "bounds": 4, "routing": 2, "acceptance": 2}
+    assert found[40].reason == "another slice" and not found[40].figures
 
 
 def test_diverged_weights_give_no_record(data_dir):

@@ -13,6 +13,7 @@ from cognica_poe.analysis.record import (
     read_record,
     record_path,
 )
+from cognica_poe.analysis.sums import BINS, PositionCounts, Sums
 from cognica_poe.errors import UserError
 from cognica_poe.seals import write_sealed
 
@@ -71,29 +72,39 @@ def fields(step=100):
                 "facts": {"c": None},
             }
         ],
-        "delta": None,
         "seconds": 1.0,
         "versions": {"torch": "2"},
     }
 
 
+_SHAPES = ((3 * BINS, (1, 3, BINS)), (3 * BINS, (3, BINS)), (3 * BINS, (3, BINS)))
+
+
 def sums():
     generator = np.random.default_rng(0)
     nats = {name: generator.random(3) for name in ("full", "stage0", "stage1", "plain")}
-    return DocumentSums(np.array([30, 30, 40]), np.array([20, 10, 20]), nats, {"full": np.array([1.0, 2.0, 3.0])})
+    documents = DocumentSums(np.array([30, 30, 40]), np.array([20, 10, 20]), nats, {"full": np.array([1.0, 2.0, 3.0])})
+    counts = PositionCounts(*(np.arange(size, dtype=np.int32).reshape(shape) for size, shape in _SHAPES))
+    return Sums(documents, counts, np.array([[4, 8], [2, 5]]))
 
 
 def test_round_trip_with_document_sums(tmp_path):
     record = AnalysisRecord.model_validate(fields())
-    record._documents = sums()
+    record._sums = sums()
     path = record.write(tmp_path / "analysis")
     assert path == record_path(tmp_path / "analysis", 100) and json.loads(path.read_text())["schema_version"] == 1
     again = read_record(path)
     assert again.model_dump() == record.model_dump()
-    assert again.documents.stages == 2
-    for name, values in record.documents.nats.items():
-        np.testing.assert_array_equal(again.documents.nats[name], values)
-    np.testing.assert_array_equal(again.documents.correct["full"], [1.0, 2.0, 3.0])
+    assert again.sums.documents.stages == 2
+    for name, values in record.sums.documents.nats.items():
+        np.testing.assert_array_equal(again.sums.documents.nats[name], values)
+    np.testing.assert_array_equal(again.sums.documents.correct["full"], [1.0, 2.0, 3.0])
+    for name, values in vars(record.sums.positions).items():
+        np.testing.assert_array_equal(vars(again.sums.positions)[name], values)
+    np.testing.assert_array_equal(again.sums.drafts, [[4, 8], [2, 5]])
+    before = path.with_suffix(".documents.npz").read_bytes()
+    again.write(tmp_path / "analysis")
+    assert path.with_suffix(".documents.npz").read_bytes() == before
     assert sorted(file.name for file in path.parent.iterdir()) == ["step-100.documents.npz", "step-100.json"]
 
 
@@ -102,7 +113,7 @@ def test_records_are_ordered_by_step(tmp_path):
         AnalysisRecord.model_validate(fields(step)).write(tmp_path)
     records = load_records(tmp_path)
     assert [record.step for record in records] == [3, 20, 100]
-    assert all(record.documents is None for record in records)
+    assert all(record.sums is None for record in records)
     assert load_records(tmp_path / "absent") == []
 
 
@@ -150,7 +161,7 @@ def test_damaged_files_are_a_users_mistake(tmp_path):
         read_record(tmp_path / "step-1.json")
     assert "\n" not in str(error.value)
     record = AnalysisRecord.model_validate(fields())
-    record._documents = sums()
+    record._sums = sums()
     path = record.write(tmp_path)
     stored = path.with_suffix(".documents.npz")
     stored.write_bytes(stored.read_bytes()[:100])
@@ -160,7 +171,7 @@ def test_damaged_files_are_a_users_mistake(tmp_path):
 
 def test_a_record_carries_its_own_digest_and_that_of_its_sums(tmp_path):
     record = AnalysisRecord.model_validate({**fields(), "made_from": dict.fromkeys(MadeFrom.model_fields, "ab" * 32)})
-    record._documents = sums()
+    record._sums = sums()
     path = record.write(tmp_path)
     written = path.read_text()
     for old, new in (('"full": 1.5', '"full": 1.6'), ("abab", "abac"), ('"seconds": 1.0', '"seconds": 2.0')):

@@ -102,9 +102,6 @@ def make_record(step: int, *, name: str = "tiny-poe", path: str = "pool", stages
             probe("The opposite of hot is", " cold.", "cold", "cold"),
             probe("The chemical symbol of gold is", " Ag|<b>", "Au", "Ag|<b>", facts={"atomic number 79": step > 100}),
         ],
-        "delta": {"previous_step": step - 100, "full": -0.1, "low": -0.2, "high": -0.05, "signal": True}
-        if step
-        else None,
         "seconds": 12.5,
         "versions": {"torch": "2.13.0"},
         "routing": {

@@ -10,12 +10,14 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cognica_poe.analysis.sums import Sums
 from cognica_poe.errors import UserError
-from cognica_poe.release.card import tables
+from cognica_poe.release.card import series, tables
 from cognica_poe.release.card.capabilities import capabilities
 from cognica_poe.release.card.readings import Record
 from cognica_poe.release.card.tables import is_pool, stage_count
 from cognica_poe.release.text import MISSING, count, markdown_table, markdown_text, percent, visible
+from cognica_poe.release.trajectory import NO_RECORD, Trajectory
 
 _CITATION = """```bibtex
 @misc{jeong2026poe,
@@ -28,13 +30,14 @@ _CITATION = """```bibtex
 ```"""
 
 
-def render_card(records: Sequence[Record], release: Mapping[str, Any]) -> str:
+def render_card(records: Sequence[Record], release: Mapping[str, Any], sums: Mapping[int, Sums] | None = None) -> str:
     """Markdown of the card (front matter, tables, usage).
 
     ``records``: analysis records (JSON layout of ``AnalysisRecord``), any order, one per step; the highest step is the
     one the card describes. ``release``: ``name``, ``repo_id`` and, where known, ``license``, ``languages``,
     ``description``, ``config`` (the model's config.json), ``data`` (the data manifest) and ``revisions``
-    (``{step: commit sha}``). Raises UserError when there is no record, or two of one step.
+    (``{step: commit sha}``; a step there without a record is a row that says so). ``sums``: of the records, by step,
+    for changes between them. Raises UserError when there is no record, or two of one step.
     """
     if not records:
         raise UserError("no analysis record to make a card from: run `cognica-poe analyze` first")
@@ -43,17 +46,14 @@ def render_card(records: Sequence[Record], release: Mapping[str, Any]) -> str:
     if len(set(steps)) != len(steps):
         raise UserError(f"two analysis records of one step among {steps}: a card takes one record per step")
     latest = records[-1]
+    trajectory = Trajectory.of(records, sums or {}, dict.fromkeys(release.get("revisions") or {}, NO_RECORD))
     sections = [
         _front_matter(latest, release),
         _introduction(latest, release),
         _how_to_load(records, release),
         _architecture(latest, release),
         tables.measurements(latest),
-        tables.trajectory(records, release),
-        tables.pool_against_parts(records),
-        tables.bounds(records),
-        tables.speculation(records),
-        tables.routing(records),
+        *(section.markdown() for section in series.sections(trajectory, release)),
         tables.baselines(latest),
         capabilities(records),
         tables.probes(latest),

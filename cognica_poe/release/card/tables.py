@@ -1,13 +1,13 @@
-"""The measured tables of a card: one function per section, each a pure function of analysis records."""
+"""The measured tables of one step: one function per section of a card, each a pure function of an analysis record."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from cognica_poe.release.card.capabilities import verdict
-from cognica_poe.release.card.readings import Record, comparisons, gap_lines, routing_reading, wand_reading
-from cognica_poe.release.text import MISSING, count, interval, markdown_table, markdown_text, number, percent, signed
+from cognica_poe.release.card.readings import Record, gap_lines, wand_reading
+from cognica_poe.release.text import count, interval, markdown_table, markdown_text, number, percent
 
 
 def stage_count(record: Record) -> int:
@@ -71,129 +71,6 @@ def measurements(record: Record) -> str:
         safety = number(record["wand"].get("safety"), 2)
         lines += ["", f"WAND early exit at safety {safety}: {shares}. {reading}"]
     return "\n".join(lines)
-
-
-def pool_against_parts(records: Sequence[Record]) -> str:
-    """The full pool minus deepest stage, best stage and best prefix, per record; empty for one stage."""
-    rows = []
-    for record in records:
-        found = {item.role: item for item in comparisons(record)}
-        if found:
-            deepest, stage, prefix = (found.get(role) for role in ("deepest stage", "best stage", "best prefix"))
-            rows.append(
-                [count(record["step"]), deepest.figures if deepest else MISSING]
-                + [f"{item.other}: {item.figures}" if item else MISSING for item in (stage, prefix)]
-            )
-    if not rows:
-        return ""
-    header = ("step", "minus deepest stage", "minus best stage", "minus best prefix")
-    text = (
-        "Bits per byte of the full pool minus those of another use of the same weights, with paired 95 % intervals. "
-        "An interval below zero speaks for the pool, one above zero for the other, one that holds zero for neither."
-    )
-    return f"## The pool against its parts\n\n{text}\n\n{markdown_table(header, rows, 'r' * len(header))}"
-
-
-def trajectory(records: Sequence[Record], release: Mapping[str, Any]) -> str:
-    """One line per record on the trained path."""
-    revisions = release.get("revisions") or {}
-    stages = stage_count(records[-1])
-    header = ["step", "tokens", "bits per byte", "95 % interval", "change"]
-    header += [f"stage {k}" for k in range(stages)] if stages > 1 else []
-    header += ["accuracy"] + (["commit"] if revisions else [])
-    rows = []
-    for record in records:
-        bpb = record["bpb"]
-        row = [count(record["step"]), count(record.get("tokens_seen")), number(bpb["full"])]
-        row += [interval((record.get("intervals") or {}).get("full")), _change(record)]
-        row += [number(value) for value in bpb["stage"]] if stages > 1 else []
-        row += [percent((record.get("accuracy") or {}).get("full"), 2)]
-        rows.append(row + ([f"`{revisions[record['step']][:12]}`" if record["step"] in revisions else MISSING]
-                           if revisions else []))  # fmt: skip
-    note = "A change is a signal when its paired 95 % interval excludes zero, else noise."
-    note += " Stages are bits per byte." if stages > 1 else ""
-    return f"## Trajectory\n\n{markdown_table(header, rows, 'r' * len(header))}\n\n{note}"
-
-
-def _change(record: Record) -> str:
-    delta = record.get("delta")
-    if not delta:
-        return MISSING
-    return f"{signed(delta.get('full'))} ({'signal' if delta.get('signal') else 'noise'})"
-
-
-def bounds(records: Sequence[Record]) -> str:
-    """WAND bounds and exits per record; empty for one stage."""
-    if not records[-1].get("wand_bounds"):
-        return ""
-    width = len(records[-1]["wand_bounds"])
-    header = ["step", *(f"stage {k} to {k + 1}" for k in range(width)), "exit at stage 0", "agreement"]
-    rows = []
-    for record in records:
-        wand, bounds = record.get("wand") or {}, record.get("wand_bounds") or [None] * width
-        exits = wand.get("exit_fraction") or [None]
-        row = [count(record["step"]), *(number(bound) for bound in bounds), percent(exits[0])]
-        rows.append([*row, percent(wand.get("agreement"), 2)])
-    text = (
-        "99th percentile of how far one more stage can move the pooled log-probabilities, measured at this step and "
-        "stored in its `config.json` (`poe_wand_p99_bounds_per_stage_head`), in nats."
-    )
-    return f"## WAND bounds\n\n{text}\n\n{markdown_table(header, rows, 'r' * len(header))}"
-
-
-def speculation(records: Sequence[Record]) -> str:
-    """Acceptance per record; empty where nothing was drafted."""
-    measured = [record for record in records if (record.get("speculative") or {}).get("proposed")]
-    if not measured:
-        return ""
-    header = (
-        "step",
-        "acceptance",
-        "95 % interval",
-        "accepted",
-        "proposed",
-        "rounds",
-        "draft stage",
-        "draft length",
-        "prompts",
-        "tokens each",
-    )
-    rows = []
-    for record in measured:
-        it = record["speculative"]
-        row = [count(record["step"]), percent(it.get("acceptance"), 2)]
-        row.append(interval((it.get("low"), it.get("high")), 3))
-        keys = ("accepted", "proposed", "rounds", "draft_stage", "k_draft", "prompts", "new_tokens")
-        rows.append(row + [count(it.get(key)) for key in keys])
-    text = (
-        "Acceptance is accepted over proposed draft tokens, behind the openings of held-out documents; other openings "
-        "and lengths give other figures. The interval is over these prompts. Greedy output equals that of `generate`."
-    )
-    return f"## Self-speculative decoding\n\n{text}\n\n{markdown_table(header, rows, 'r' * len(header))}"
-
-
-def routing(records: Sequence[Record]) -> str:
-    """Confidence routing per record; empty where it was not measured."""
-    measured = [record for record in records if record.get("routing")]
-    if not measured or stage_count(records[-1]) < 2:
-        return ""
-    header = ("step", "allowed regressions", "regressions", "routed to stage 0", "projected speed-up", "positions")
-    rows = []
-    for record in measured:
-        it = record["routing"]
-        row = [count(record["step"]), percent(it.get("cap"), 1), percent(it.get("regression_rate"), 2)]
-        row += [
-            percent(it.get("fraction"), 2) + (" (cap never binds)" if it.get("fraction") == 1.0 else ""),
-            number(it.get("projected_speedup"), 3),
-            count(it.get("positions")),
-        ]
-        rows.append(row)
-    text = (
-        "Share of positions that stage 0 may answer alone when its margin is large, at a capped rate of tokens the "
-        "full pool would have got right. The speed-up is projected from layer and head costs, not timed. "
-        f"{routing_reading(measured[-1])}"
-    )
-    return f"## Confidence routing\n\n{text}\n\n{markdown_table(header, rows, 'r' * len(header))}"
 
 
 def baselines(record: Record) -> str:

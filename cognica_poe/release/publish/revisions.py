@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from cognica_poe.analysis.sums import unpack
 from cognica_poe.errors import UserError
 from cognica_poe.files import MANIFEST, Manifest, parse_json, safe_name
 from cognica_poe.leftovers import scratch_folder
 from cognica_poe.recipe.rules import REPO_ID
-from cognica_poe.release.export import Release, check_release
+from cognica_poe.release.export import SUMS, Release, check_release
 from cognica_poe.release.publish.clean_load import logits_in_clean_process
 from cognica_poe.release.publish.hub_folder import HubFolder
 from cognica_poe.release.publish.hub_remote import HubRepo
@@ -208,16 +209,25 @@ def _read_published(hub: Hub, name: str, step: int, commit: str) -> Published:
         digests = Manifest.parse(data, f"{MANIFEST} {where}", remedy).digests
     except UserError as error:
         raise DamagedRevision(str(error)) from error
-    data = hub.read(commit, "analysis.json")
-    if (digest := source_sha256(data)) != (expected := digests.get("analysis.json", "of no listed file")):
-        raise DamagedRevision(
-            f"analysis.json {where} was changed: its sha256 is {digest[:12]}, expected {expected[:12]}; {remedy}"
-        )
+
+    def read(file: str) -> bytes:
+        data = hub.read(commit, file)
+        if (digest := source_sha256(data)) != (expected := digests.get(file, "of no listed file")):
+            raise DamagedRevision(
+                f"{file} {where} was changed: its sha256 is {digest[:12]}, expected {expected[:12]}; {remedy}"
+            )
+        return data
+
+    data = read("analysis.json")
+    packed = read(SUMS) if SUMS in digests else None
     try:
-        published = Published(step, commit, digests, parse_json(data))
+        sums = unpack(packed, where, remedy) if packed is not None else None
+        published = Published(step, commit, digests, parse_json(data), sums)
         if published.record["step"] != step:
             raise ValueError("it is of another step")
         trajectory_line(published)
+    except UserError as error:
+        raise DamagedRevision(str(error)) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedRevision(f"analysis.json {where} is no record of that step ({error}); {remedy}") from error
     return published

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cognica_poe.analysis.sums import Sums
 from cognica_poe.errors import UserError
 from cognica_poe.files import MANIFEST, Manifest, sha256_file
 from cognica_poe.release.card.markdown import render_card
@@ -31,6 +32,8 @@ class Published:
     digests: Mapping[str, str]
     """sha256 of every file, from the revision's manifest."""
     record: dict[str, Any]
+    sums: Sums | None = None
+    """Of the record, where the revision holds them."""
 
     @property
     def weights_sha256(self) -> str:
@@ -137,7 +140,8 @@ def main_tree(latest: Release, steps: Sequence[Published]) -> Tree:
     steps = sorted(steps, key=lambda published: published.step)
     about = {**latest.about, "config": latest.config, "revisions": {item.step: item.commit for item in steps}}
     tree = {name: source for name, source in tree_of(latest.path).items() if name not in (MANIFEST, TRAJECTORY)}
-    tree["README.md"] = render_card([item.record for item in steps], about).encode()
+    sums = {item.step: item.sums for item in steps if item.sums is not None}
+    tree["README.md"] = render_card([item.record for item in steps], about, sums).encode()
     lines = [json.dumps(trajectory_line(item), ensure_ascii=False, allow_nan=False) for item in steps]
     tree[TRAJECTORY] = ("\n".join(lines) + "\n").encode()
     tree[MANIFEST] = Manifest("release", {name: source_sha256(source) for name, source in tree.items()}).data()

@@ -14,13 +14,15 @@ from typing import Any
 from cognica_poe.errors import UserError
 from cognica_poe.files import write_bytes
 from cognica_poe.leftovers import sweep
-from cognica_poe.release.card.readings import comparisons, gap_lines, routing_reading, wand_reading
+from cognica_poe.release.card.readings import gap_lines, routing_reading, wand_reading
+from cognica_poe.release.card.series import sections
 from cognica_poe.release.card.tables import bpb_rows, is_pool, source_rows, stage_count, trained_path, validation_text
 from cognica_poe.release.report import page
 from cognica_poe.release.report.plots import comparison_plots, dig, run_plots
 from cognica_poe.release.report.probes import probes_section
 from cognica_poe.release.report.run_folder import RunFolder, read_run
-from cognica_poe.release.text import MISSING, count, html_text, interval, number, percent, signed
+from cognica_poe.release.text import MISSING, count, html_text, interval, number, percent
+from cognica_poe.release.trajectory import Trajectory
 
 
 def write_report(runs: Sequence[Path], out: Path) -> Path:
@@ -106,9 +108,7 @@ def _run_section(run: RunFolder, name: str, prefix: str) -> str:
         page.plots(run_plots(run, prefix)),
         _paths_table(run),
         page.subsection("What the record says", page.listing(_readings(run.latest))),
-        _records_table(run),
-        _parts_table(run),
-        _early_exit_table(run),
+        _series(run),
         page.subsection("Probe prompts", probes_section(run.records)),
         page.subsection("Load a revision", _loading(run)),
         _data_table(run),
@@ -134,53 +134,21 @@ def _readings(record: Mapping[str, Any]) -> list[str]:
     return [html_text(line.replace("`", ""), 600) for line in lines]
 
 
-def _parts_table(run: RunFolder) -> str:
-    rows = []
-    for record in run.records:
-        if found := comparisons(record):
-            rows.append([count(record["step"]), *(html_text(f"{item.other}: {item.figures}") for item in found)])
-    if not rows:
-        return ""
-    header = ["step", "deepest stage", "best stage", "best prefix"][: max(map(len, rows))]
-    return page.table(header, rows, "Full pool minus other uses of the same weights (bits per byte, paired)")
+def _series(run: RunFolder) -> str:
+    """The tables over steps, the same as those of the card."""
+    parts = []
+    for section in sections(Trajectory.of(run.records, run.sums, run.missing), {}):
+        head = [html_text(name, 80) for name in section.header]
+        rows = [[_labelled(html_text(cell, 200)) for cell in row] for row in section.rows]
+        parts.append(page.table(head, rows, section.title, text_columns=0))
+        parts += [f"<p>{html_text(text, 1000)}</p>" for text in (section.text, section.note) if text]
+    return "\n".join(parts)
 
 
-def _records_table(run: RunFolder) -> str:
-    pool, stages = is_pool(run.latest), stage_count(run.latest)
-    header = ["step", "tokens", "bits per byte", "95 % interval", "change", "accuracy"]
-    header += [*(f"stage {k}" for k in range(stages)), "plain"] if pool else []
-    rows = []
-    for record in run.records:
-        bpb, delta = record["bpb"], record.get("delta") or {}
-        change = MISSING
-        if delta:
-            kind = "signal" if delta.get("signal") else "noise"
-            change = f'{signed(delta.get("full"))} <span class="{kind}">{kind}</span>'
-        row = [count(record["step"]), count(record.get("tokens_seen")), number(bpb["full"])]
-        row += [interval(dig(record, "intervals", "full")), change, percent(dig(record, "accuracy", "full"), 2)]
-        if pool:
-            row += [*(number(value) for value in bpb["stage"]), number(bpb.get("plain"))]
-        rows.append(row)
-    return page.table(header, rows, "All records", text_columns=0)
-
-
-def _early_exit_table(run: RunFolder) -> str:
-    width = len(run.latest.get("wand_bounds") or [])
-    if not width:
-        return ""
-    header = ["step", *(f"bound {k} to {k + 1}" for k in range(width)), *(f"exit {k}" for k in range(width + 1))]
-    header += ["agreement", "acceptance", "accepted / proposed", "prompts x tokens", "routed"]
-    rows = []
-    for record in run.records:
-        row = [count(record["step"]), *(number(dig(record, "wand_bounds", k)) for k in range(width))]
-        row += [percent(dig(record, "wand", "exit_fraction", k)) for k in range(width + 1)]
-        row += [percent(dig(record, "wand", "agreement"), 2), percent(dig(record, "speculative", "acceptance"), 2)]
-        accepted, proposed = (dig(record, "speculative", key) for key in ("accepted", "proposed"))
-        prompts, tokens = (dig(record, "speculative", key) for key in ("prompts", "new_tokens"))
-        row += [f"{count(accepted)} / {count(proposed)}", f"{count(prompts)} x {count(tokens)}"]
-        routed = dig(record, "routing", "fraction")
-        rows.append([*row, percent(routed) + (" (cap never binds)" if routed == 1.0 else "")])
-    return page.table(header, rows, "Early exit and self-speculation", text_columns=0)
+def _labelled(cell: str) -> str:
+    for word in ("signal", "noise"):
+        cell = cell.replace(word, f'<span class="{word}">{word}</span>')
+    return cell
 
 
 def _shown_path(path: Path) -> str:

@@ -70,8 +70,9 @@ are counted; whether they save time has to be timed.</dd>
 the cap never binds, the share says nothing about the lead.</dd>
 <dt>Acceptance</dt><dd>Share of tokens drafted by a shallow stage that the full pool would have chosen too. The output
 is the full pool's either way. It depends on the prompts and on how many tokens follow them.</dd>
-<dt>Interval, signal, noise</dt><dd>95 % bootstrap intervals over documents. A change between two steps is a signal when
-its paired interval excludes zero.</dd>
+<dt>Interval, signal, noise</dt><dd>95 % bootstrap intervals over documents. A change since another step is a signal
+when its paired interval excludes zero and its p-value holds Holm's correction for all changes of its table, else
+noise.</dd>
 <dt>xz, primed xz</dt><dd>The same text under a general-purpose compressor, alone and after it has read training
 text.</dd>
 </dl>"""

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cognica_poe.analysis.record import read_sums
+from cognica_poe.analysis.sums import Sums
 from cognica_poe.data.manifest import load_manifest
 from cognica_poe.errors import UserError
 from cognica_poe.files import MANIFEST
+from cognica_poe.recipe.stored import recipe_from_dict
 from cognica_poe.release.publish.hub_folder import HubFolder
+from cognica_poe.release.trajectory import NO_RECORD
 from cognica_poe.seals import read_sealed
 from cognica_poe.training.journal import read_records
 
@@ -32,6 +36,10 @@ class RunFolder:
     events: list[dict[str, Any]]
     data: dict[str, Any]
     """The data manifest, or empty."""
+    sums: dict[int, Sums] = field(default_factory=dict)
+    """What lies beside the records, by step."""
+    missing: dict[int, str] = field(default_factory=dict)
+    """Steps that were to be released, were trained and have no record, and why."""
     revisions: dict[str, dict[str, str]] = field(default_factory=dict)
     """Published to the local Hub folder: ``{repo id: {ref: commit}}``."""
 
@@ -46,12 +54,15 @@ def read_run(path: Path) -> RunFolder:
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"run folder not found: {path}; pass the folder that `cognica-poe run --out` made")
-    records = [_read_record(file) for file in sorted((path / "analysis").glob("step-*.json"))]
+    files = sorted((path / "analysis").glob("step-*.json"))
+    records = [_read_record(file) for file in files]
     if not records:
         raise UserError(f"{path / 'analysis'} holds no step-N.json: run `cognica-poe analyze {path}` first")
     recipe, manifest = path / "recipe.json", path / "data" / "manifest.json"
     described = read_sealed(recipe, "recipe", "undo the change") if recipe.is_file() else {}
     metrics = read_records(path / "metrics.jsonl")
+    events = read_records(path / "events.jsonl")
+    found = {r["step"]: read_sums(file, r.get("documents_sha256")) for r, file in zip(records, files, strict=True)}
     by_step = {line["step"]: line for line in metrics if isinstance(line.get("step"), int)}
     return RunFolder(
         path=path,
@@ -59,7 +70,9 @@ def read_run(path: Path) -> RunFolder:
         recipe=described,
         records=sorted(records, key=lambda record: record["step"]),
         metrics=[by_step[step] for step in sorted(by_step)],
-        events=read_records(path / "events.jsonl"),
+        events=events,
+        sums={step: sums for step, sums in found.items() if sums is not None},
+        missing=_missing(described, max([*by_step, *found]), events, found),
         data=load_manifest(manifest.parent).model_dump(mode="json") if manifest.is_file() else {},
         revisions=_published(path / "release" / "hub"),
     )
@@ -73,6 +86,17 @@ def _read_record(file: Path) -> dict[str, Any]:
     if _STEP.fullmatch(file.stem) is None or int(file.stem.removeprefix("step-")) != record["step"]:
         raise UserError(f"analysis record {file} is of step {record['step']}; its name must say so")
     return record
+
+
+def _missing(
+    recipe: Mapping[str, Any], reached: int, events: Sequence[Mapping[str, Any]], found: Collection[int]
+) -> dict[int, str]:
+    """Steps of the release schedule up to ``reached`` without a record, and why."""
+    if not {"training", "release"} <= recipe.keys():
+        return {}
+    left_out = {event.get("step") for event in events if event.get("event") == "release left out"}
+    steps = (step for step in recipe_from_dict(dict(recipe), "recipe.json").released_steps() if step <= reached)
+    return {step: "left out" if step in left_out else NO_RECORD for step in steps if step not in found}
 
 
 def _published(hub: Path) -> dict[str, dict[str, str]]:
