@@ -141,15 +141,15 @@ class ScheduleRecipe:
 class OptimizerRecipe:
     """Learning rates and decays, by default those of the card; a resumed run may change them from there on."""
 
-    matrix_lr: float = setting(0.015, high=100, resume=True)
+    matrix_lr: float = setting(0.015, resume=True)
     """Muon, matrices of the blocks."""
-    embedding_lr: float = setting(0.3, high=100, resume=True)
+    embedding_lr: float = setting(0.3, resume=True)
     """AdamW, token embeddings; value embeddings get half of it."""
-    unembedding_lr: float = setting(0.008, high=100, resume=True)
+    unembedding_lr: float = setting(0.008, resume=True)
     """AdamW, shared and stage heads."""
-    scalar_lr: float = setting(0.5, high=100, resume=True)
+    scalar_lr: float = setting(0.5, resume=True)
     """AdamW, x0 lambdas; residual lambdas get a hundredth of it."""
-    gate_lr: float = setting(0.2, high=100, resume=True)
+    gate_lr: float = setting(0.2, resume=True)
     """AdamW, smear and backout."""
     weight_decay: float = setting(0.28, high=100, resume=True)
     """Muon's cautious decay; follows a cosine to 0 over the run."""

@@ -24,7 +24,7 @@ def documented():
     for line in lines:
         match = re.search(r"(?:^cognica-poe|-m cognica_poe\.cli) (.*)", line)
         if match:
-            yield [word for word in shlex.split(match[1]) if not word.startswith("$RESUME")]
+            yield [word for word in shlex.split(match[1]) if word != "&" and not word.startswith("$RESUME")]
 
 
 COMMANDS = list(documented())
