@@ -64,6 +64,7 @@ def test_the_command_prints_every_objective(capsys):
 
 
 def test_mistakes():
-    for options, says in (("--rows 0", "--rows is 0"), ("--width 40", "multiple of 32"), ("--layers 0", "--layers is 0")):
+    wrong = (("--rows 0", "--rows is 0"), ("--width 40", "multiple of 32"), ("--layers 0", "--layers is 0"))
+    for options, says in wrong:
         with pytest.raises(UserError, match=says):
             dispatch(["bench", "memory", *options.split()])

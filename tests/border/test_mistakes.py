@@ -135,7 +135,7 @@ def test_all_odd_files(forks, world):
 
 
 def test_right_lines(forks, world):
-    """Every mistake is one change of one of these; the server is asked for its model while it runs."""
+    """Every mistake is one change of one of these. `serve` ends at a signal alone: tests/serving runs it."""
     for command, template in RIGHT.items():
         if command == "serve":
             continue
