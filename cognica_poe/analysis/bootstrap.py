@@ -3,7 +3,9 @@
 A number such as bits per byte is a ratio of sums over documents. Documents, not tokens, are the independent draws of a
 validation slice (tokens of one document are correlated), so documents are resampled with replacement. One set of
 resampling weights serves all numbers of a record and its predecessor, which makes every comparison paired: two
-checkpoints or two paths see the same resampled documents (Efron and Tibshirani 1993, chapters 8 and 13).
+checkpoints or two paths see the same resampled documents (Efron and Tibshirani 1993, chapters 8 and 13). Plain
+percentiles of few or unequal documents cover too little: they are expanded as far as the effective number of documents
+asks for (``student.tail_of``).
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from cognica_poe.analysis.student import effective_documents, tail_of
 
 _BLOCK_BYTES = 64 * 2**20  # resampling weights are drawn in blocks of at most this size
 
@@ -40,7 +44,7 @@ class Bootstrap:
     Args:
         documents: number of documents, at least 2 (a single document carries no information about its own spread).
         resamples: number of bootstrap replicates.
-        confidence: coverage of the percentile intervals.
+        confidence: coverage of the expanded percentile intervals.
         seed: of the NumPy generator; the same seed and counts give the same intervals.
 
     Raises:
@@ -53,7 +57,6 @@ class Bootstrap:
         if not 0.0 < confidence < 1.0 or resamples < 1:
             raise ValueError(f"confidence {confidence} must be in (0, 1) and resamples {resamples} positive")
         self.documents, self.resamples, self.confidence, self.seed = documents, resamples, confidence, seed
-        self._tail = (1.0 - confidence) / 2.0
 
     def totals(self, sums: ArrayLike) -> NDArray[np.float64]:
         """Totals of the resampled documents: ``sums`` [documents, M] -> fp64 [resamples, M]."""
@@ -83,7 +86,8 @@ class Bootstrap:
         with np.errstate(divide="ignore", invalid="ignore"):
             values = scale * numerators.sum(-1) / denominator.sum()
             samples = scale * totals[:, :-1] / totals[:, -1:]
-        return [self._interval(value, column) for value, column in zip(values, samples.T, strict=True)]
+        tail = self._tail(denominator)
+        return [self._interval(value, column, tail) for value, column in zip(values, samples.T, strict=True)]
 
     def differences(
         self, numerator: ArrayLike, others: ArrayLike, denominator: ArrayLike, scale: float = 1.0
@@ -112,11 +116,14 @@ class Bootstrap:
         value = scale * (sums[0] / sums[1] - sums[2] / sums[3])
         with np.errstate(divide="ignore", invalid="ignore"):
             samples = scale * (totals[:, 0] / totals[:, 1] - totals[:, 2] / totals[:, 3])
-        return self._interval(value, samples)
+        return self._interval(value, samples, max(self._tail(columns[1]), self._tail(columns[3])))
 
-    def _interval(self, value: float, samples: NDArray[np.float64]) -> Interval:
+    def _tail(self, denominator: ArrayLike) -> float:
+        return tail_of(round(effective_documents(denominator)), self.confidence)
+
+    def _interval(self, value: float, samples: NDArray[np.float64], tail: float) -> Interval:
         samples = samples[np.isfinite(samples)]  # a resample may hold only documents without any trial (0 / 0)
         if not len(samples):
             raise ValueError("the denominator is zero in every resample")
-        low, high = np.quantile(samples, [self._tail, 1.0 - self._tail])
+        low, high = np.quantile(samples, [tail, 1.0 - tail])
         return Interval(float(value), float(low), float(high))

@@ -1,10 +1,10 @@
 """Changes between the records of a trajectory: computed when a table is made, each against the record before it.
 
-The documents (for acceptance the prompts) of both records are resampled alike: a change is paired. It is a
-signal where two things agree: its own 95 % interval excludes zero, and its p-value is at most 0.05 after Holm's
-correction (1979) for all comparisons of its table; else it is noise. The p-value is Student's t of the change over its
-bootstrap standard error, with as many degrees of freedom as there are effective documents (Kish: ``(sum b)^2 / sum
-b^2``) less one: percentiles of some thousand resamples cannot tell the small p-values that a correction asks for.
+The documents (for acceptance the prompts) of both records are resampled alike: a change is paired. It is a signal
+where two things agree: its own 95 % interval excludes zero, and its p-value is at most 0.05 after Holm's correction
+(1979) for all comparisons of its table; else it is noise. The p-value is Student's t of the change over its bootstrap
+standard error, with as many degrees of freedom as there are effective documents less one: percentiles of some thousand
+resamples cannot tell the small p-values that a correction asks for.
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cognica_poe.analysis.bootstrap import Bootstrap
+from cognica_poe.analysis.student import FLOOR, effective_documents, student, tail_of
 from cognica_poe.analysis.sums import EDGES, Sums
 from cognica_poe.analysis.wand import QUANTILE
 
 LEVEL = 0.05
-_NORMAL = 2000  # degrees of freedom from which the normal distribution serves
-_FLOOR = 1e-300
 
 
 @dataclass(frozen=True)
@@ -49,12 +48,13 @@ class StepChanges:
 
 @dataclass(frozen=True)
 class _Figure:
-    """A figure of a record, its resampled values [resamples], and what they are of when all documents count once."""
+    """A figure of a record, its resampled values [resamples], what they are of when all documents count once, and how
+    many equal documents these count for."""
 
     value: float
     samples: NDArray[np.float64]
     center: float
-    freedom: float
+    documents: float
 
 
 def changes(
@@ -108,13 +108,13 @@ def _figures(record: Mapping[str, Any], sums: Sums, seed: int) -> dict[str, _Fig
     bootstrap = Bootstrap(len(documents.bytes), seed=seed)
     stages = [f"stage{k}" for k in range(documents.stages)] if documents.stages > 1 else []
     paths = ["full", *stages]
-    freedom = _freedom(documents.bytes)
+    number = effective_documents(documents.bytes)
     columns = [documents.bytes, documents.targets, documents.nats["full"], *(documents.correct[path] for path in paths)]
     totals = bootstrap.totals(np.stack(columns, axis=1))
     bits = 1.0 / math.log(2)
-    out = {"bpb.full": _ratio(columns[2], columns[0], totals[:, 2], totals[:, 0], freedom, bits)}
+    out = {"bpb.full": _ratio(columns[2], columns[0], totals[:, 2], totals[:, 0], number, bits)}
     for place, path in enumerate(paths, 3):
-        out[f"accuracy.{path}"] = _ratio(columns[place], columns[1], totals[:, place], totals[:, 1], freedom)
+        out[f"accuracy.{path}"] = _ratio(columns[place], columns[1], totals[:, place], totals[:, 1], number)
     if sums.positions is not None:
         kept = sums.positions.margin.shape[0]
         counts = [*sums.positions.range, sums.positions.margin, sums.positions.regressions]
@@ -124,15 +124,15 @@ def _figures(record: Mapping[str, Any], sums: Sums, seed: int) -> dict[str, _Fig
         everything = padded.sum(0, keepdims=True)
         for k, bound in enumerate(record["wand_bounds"]):
             center = _quantiles(everything[:, k])[0]
-            out[f"bounds.{k}"] = _Figure(bound, _quantiles(resampled[:, k]), center, freedom)
+            out[f"bounds.{k}"] = _Figure(bound, _quantiles(resampled[:, k]), center, number)
         if record.get("routing"):
             cap, value = record["routing"]["cap"], record["routing"]["fraction"]
             center = _routed(everything[:, -2], everything[:, -1], cap)[0]
-            out["routing"] = _Figure(value, _routed(resampled[:, -2], resampled[:, -1], cap), center, freedom)
+            out["routing"] = _Figure(value, _routed(resampled[:, -2], resampled[:, -1], cap), center, number)
     if sums.drafts is not None and (sums.drafts[0] > 0).sum() >= 2:
         proposed, accepted = sums.drafts
         totals = Bootstrap(len(proposed), seed=seed).totals(sums.drafts.T)
-        out["acceptance"] = _ratio(accepted, proposed, totals[:, 1], totals[:, 0], _freedom(proposed))
+        out["acceptance"] = _ratio(accepted, proposed, totals[:, 1], totals[:, 0], effective_documents(proposed))
     return out
 
 
@@ -141,17 +141,12 @@ def _ratio(
     below: NDArray[Any],
     above_totals: NDArray[Any],
     below_totals: NDArray[Any],
-    freedom: float,
+    documents: float,
     scale: float = 1.0,
 ) -> _Figure:
     value = scale * float(above.sum()) / float(below.sum())
     with np.errstate(divide="ignore", invalid="ignore"):
-        return _Figure(value, scale * above_totals / below_totals, value, freedom)
-
-
-def _freedom(weights: NDArray[Any]) -> float:
-    sizes = np.asarray(weights, dtype=np.float64)
-    return max(1.0, float(sizes.sum() ** 2 / (sizes**2).sum()) - 1.0)
+        return _Figure(value, scale * above_totals / below_totals, value, documents)
 
 
 def _quantiles(counts: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -181,36 +176,16 @@ def _change(before: _Figure, after: _Figure) -> Change:
     value = after.value - before.value
     samples = after.samples - before.samples
     samples = samples[np.isfinite(samples)] + (value - (after.center - before.center))
-    low, high = np.quantile(samples, [0.025, 0.975])
+    documents = min(before.documents, after.documents)
+    tail = tail_of(round(documents), 1.0 - LEVEL)
+    low, high = np.quantile(samples, [tail, 1.0 - tail])
     error = float(samples.std(ddof=1))
     if error <= 1e-12 * max(1.0, abs(before.value)):  # the same in every resample
-        p = 1.0 if abs(value) <= 1e-12 else _FLOOR
+        p = 1.0 if abs(value) <= 1e-12 else FLOOR
     else:
-        p = student(abs(value) / error, min(before.freedom, after.freedom))
+        n = max(2, round(documents))
+        p = student(abs(value) / (error * math.sqrt(n / (n - 1))), n - 1)
     return Change(float(value), float(low), float(high), p)
-
-
-def student(t: float, freedom: float) -> float:
-    """Two-sided tail probability of Student's t, whole degrees of freedom (rounded down), by Abramowitz and Stegun
-    26.7.3 and 26.7.4; the normal distribution's for many."""
-    n = max(1, math.floor(freedom))
-    if n > _NORMAL:
-        return max(_FLOOR, math.erfc(t / math.sqrt(2)))
-    angle = math.atan2(t, math.sqrt(n))
-    square = math.cos(angle) ** 2
-    total, term = 0.0, 1.0
-    if n % 2:
-        term = math.cos(angle)
-        for k in range(3, n + 1, 2):
-            total += term
-            term *= square * (k - 1) / k
-        inside = 2.0 / math.pi * (angle + math.sin(angle) * total)
-    else:
-        for k in range(2, n + 1, 2):
-            total += term
-            term *= square * (k - 1) / k
-        inside = math.sin(angle) * total
-    return min(1.0, max(_FLOOR, 1.0 - inside))
 
 
 def holm(values: Iterable[float]) -> list[float]:

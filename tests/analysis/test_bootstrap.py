@@ -2,17 +2,19 @@ import numpy as np
 import pytest
 
 from cognica_poe.analysis.bootstrap import Bootstrap, Interval
+from cognica_poe.analysis.student import tail_of
 
 
-def slow_bootstrap(statistic, documents, resamples, seed, confidence=0.95):
-    """The obvious bootstrap: draw whole documents one by one, recompute the statistic."""
+def slow_bootstrap(statistic, sizes, resamples, seed, confidence=0.95):
+    """The obvious bootstrap: draw whole documents one by one, recompute the statistic; percentiles expanded alike."""
+    documents = len(sizes)
     generator = np.random.default_rng(seed)
     values = []
     for _ in range(resamples):
         drawn = [int(generator.integers(documents)) for _ in range(documents)]
         values.append(statistic(drawn))
     values.sort()
-    tail = (1 - confidence) / 2
+    tail = tail_of(round(sizes.sum() ** 2 / (sizes**2).sum()), confidence)
     return values[int(tail * resamples)], values[int((1 - tail) * resamples) - 1]
 
 
@@ -26,7 +28,7 @@ def sums():
 def test_ratio_interval_matches_drawing_documents_one_by_one(sums):
     nats, count = sums
     fast = Bootstrap(40, resamples=4000, seed=1).ratio(nats, count, scale=2.0)
-    low, high = slow_bootstrap(lambda drawn: 2.0 * nats[drawn].sum() / count[drawn].sum(), 40, 4000, seed=2)
+    low, high = slow_bootstrap(lambda drawn: 2.0 * nats[drawn].sum() / count[drawn].sum(), count, 4000, seed=2)
     width = high - low
     assert fast.value == pytest.approx(2.0 * nats.sum() / count.sum(), rel=1e-12)
     assert fast.low == pytest.approx(low, abs=0.06 * width)
@@ -49,19 +51,27 @@ def test_difference_matches_drawing_documents_one_by_one(sums):
     nats, count = sums
     other = nats + np.random.default_rng(9).normal(0, 20, size=40)
     fast = Bootstrap(40, resamples=4000, seed=4).difference(nats, count, other, count)
-    low, high = slow_bootstrap(lambda drawn: (nats - other)[drawn].sum() / count[drawn].sum(), 40, 4000, seed=5)
+    low, high = slow_bootstrap(lambda drawn: (nats - other)[drawn].sum() / count[drawn].sum(), count, 4000, seed=5)
     assert fast.low == pytest.approx(low, abs=0.06 * (high - low))
     assert fast.high == pytest.approx(high, abs=0.06 * (high - low))
 
 
-def test_coverage_is_close_to_nominal():
-    generator = np.random.default_rng(0)
-    hits = 0
-    for trial in range(200):
-        count = generator.integers(50, 150, size=60).astype(float)
-        interval = Bootstrap(60, resamples=400, seed=trial).ratio(count * generator.normal(1.0, 0.3, 60), count)
+@pytest.mark.parametrize(("documents", "spread"), [(17, 0.3), (20, 1.0), (40, 1.0), (30, 1.5), (60, 1.5)])
+def test_intervals_cover_what_they_say_for_documents_of_very_unequal_size(documents, spread):
+    generator, hits, trials = np.random.default_rng(0), 0, 1000
+    for trial in range(trials):
+        count = np.maximum(50, generator.lognormal(6.0, spread, documents))
+        interval = Bootstrap(documents, resamples=600, seed=trial).ratio(
+            count * generator.normal(1.0, 0.3, documents), count
+        )
         hits += interval.low <= 1.0 <= interval.high
-    assert 0.88 <= hits / 200 <= 0.99
+    assert 0.93 <= hits / trials <= 0.97
+
+
+def test_equal_documents_are_expanded_as_students_t_asks():
+    assert tail_of(10**6, 0.95) == pytest.approx(0.025, rel=1e-4)
+    # n = 10: t = 2.262 with 9 degrees of freedom, times sqrt(10 / 9), is 2.384 standard errors
+    assert tail_of(10, 0.95) == pytest.approx(0.00856, rel=2e-3)
 
 
 def test_seed_fixes_the_result_and_blocks_do_not_matter(sums, monkeypatch):

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from cognica_poe.analysis.bits_per_byte import DocumentSums, Positions
-from cognica_poe.analysis.changes import _quantiles, _routed, changes, holm, student
+from cognica_poe.analysis.changes import _quantiles, _routed, changes, holm
 from cognica_poe.analysis.routing import route
+from cognica_poe.analysis.student import student
 from cognica_poe.analysis.sums import BINS, EDGES, Sums, count_positions
 from cognica_poe.analysis.wand import bounds_of
 

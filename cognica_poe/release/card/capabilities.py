@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,25 +21,25 @@ def anecdote(prompts: Sequence[str]) -> str:
     )
 
 
-def verdict(probe: Mapping[str, Any]) -> str:
-    """``right: Au``, ``wrong: Saturday`` or ``none (loop)``; plain text, not escaped."""
+def verdict(probe: Mapping[str, Any], escape: Callable[[str], str] = str) -> str:
+    """``right: Au``, ``wrong: Saturday`` or ``none (loop)``; what a model wrote passes through ``escape``."""
     answer = probe.get("answer")
     if answer is None:
         return f"none ({probe.get('reason') or 'no answer'})"
     shown = str(answer) if len(str(answer)) <= _LONGEST else f"{str(answer)[:_LONGEST]}..."
-    return f"{'right' if probe.get('correct') else 'wrong'}: {shown}"
+    return f"{'right' if probe.get('correct') else 'wrong'}: {escape(shown)}"
 
 
 @dataclass(frozen=True)
 class Capabilities:
-    """``columns``: prompts, then secondary facts by name; ``rows``: ``(step, cells)``, plain text."""
+    """``columns``: prompts, then secondary facts by name, plain text; ``rows``: ``(step, cells)``, answers escaped."""
 
     prompts: list[str]
     columns: list[str]
     rows: list[tuple[int, list[str]]]
 
     @classmethod
-    def of(cls, records: Sequence[Mapping[str, Any]]) -> Capabilities:
+    def of(cls, records: Sequence[Mapping[str, Any]], escape: Callable[[str], str] = str) -> Capabilities:
         """Of records in the order given; a prompt that a record lacks is a dash there."""
         prompts: list[str] = []
         facts: list[tuple[str, str]] = []
@@ -51,7 +51,7 @@ class Capabilities:
         rows = []
         for record in records:
             by_prompt = {str(probe.get("prompt")): probe for probe in record.get("probes") or []}
-            cells = [verdict(by_prompt[prompt]) if prompt in by_prompt else MISSING for prompt in prompts]
+            cells = [verdict(by_prompt[prompt], escape) if prompt in by_prompt else MISSING for prompt in prompts]
             cells += [_fact((by_prompt.get(prompt) or {}).get("facts") or {}, name) for prompt, name in facts]
             rows.append((record["step"], cells))
         return cls(prompts, [*prompts, *(name for _, name in facts)], rows)
@@ -64,10 +64,10 @@ def _fact(facts: Mapping[str, Any], name: str) -> str:
 
 def capabilities(records: Sequence[Mapping[str, Any]]) -> str:
     """Section of the card; empty where no record has probes."""
-    found = Capabilities.of(records)
+    found = Capabilities.of(records, markdown_text)
     if not found.prompts:
         return ""
     header = ["step", *(markdown_text(name, 60) for name in found.columns)]
-    rows = [[count(step), *(markdown_text(cell, 60) for cell in cells)] for step, cells in found.rows]
+    rows = [[count(step), *cells] for step, cells in found.rows]
     table = markdown_table(header, rows, "r" + "l" * len(found.columns))
     return f"## Capabilities\n\n{anecdote(found.prompts)}\n\n{table}"

@@ -49,7 +49,7 @@ def render_card(records: Sequence[Record], release: Mapping[str, Any], sums: Map
     trajectory = Trajectory.of(records, sums or {}, dict.fromkeys(release.get("revisions") or {}, NO_RECORD))
     sections = [
         _front_matter(latest, release),
-        _introduction(latest, release),
+        _introduction(latest, release, len(records) == 1),
         _how_to_load(records, release),
         _architecture(latest, release),
         tables.measurements(latest),
@@ -79,7 +79,7 @@ def _front_matter(record: Record, release: Mapping[str, Any]) -> str:
     return f"---\n{data.to_yaml()}\n---"
 
 
-def _introduction(record: Record, release: Mapping[str, Any]) -> str:
+def _introduction(record: Record, release: Mapping[str, Any], alone: bool) -> str:
     model, stages = record["model"], stage_count(record)
     lines = [f"# {markdown_text(release['name'])}", ""]
     kind = "Product-of-Experts language model" if is_pool(record) else "causal language model (backprop control arm)"
@@ -94,9 +94,11 @@ def _introduction(record: Record, release: Mapping[str, Any]) -> str:
         )
     if release.get("description"):
         lines += ["", markdown_text(release["description"], 2000)]
+    sources = "`analysis.json`, `release.json` and `config.json`"
+    sources += " of this revision" if alone else " of every revision"
     lines += [
         "",
-        "Everything in this card is generated from `analysis.json` and `trajectory.jsonl`; no figure is typed by hand. "
+        f"Everything in this card is generated from {sources}; no figure is typed by hand. "
         "Intervals are 95 % bootstrap intervals over validation documents (pieces of them where there are few).",
     ]
     return "\n".join(lines)
@@ -122,8 +124,9 @@ print(tokenizer.decode(model.generate(ids, max_new_tokens=32, do_sample=False)[0
 ```
 
 Every released step is a revision `step-N`; `main` follows the latest. A branch can move, a 40-digit commit cannot: pin
-the commit (listed in `trajectory.jsonl`) where it matters. `trust_remote_code` runs the model files of this repository,
-which are the same in every revision; their sha256 are in `MANIFEST.sha256` (check with `sha256sum -c MANIFEST.sha256`).
+the commit (listed in `trajectory.jsonl` of `main`) where it matters. `trust_remote_code` runs the model files of this
+repository, which are the same in every revision; their sha256 are in `MANIFEST.sha256` (check with
+`sha256sum -c MANIFEST.sha256`).
 {modes}""".rstrip()
 
 

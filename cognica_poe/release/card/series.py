@@ -153,11 +153,12 @@ def speculation(trajectory: Trajectory) -> Section | None:
     def cells(row: Row, record: Record) -> list[str]:
         it = record.get("speculative") or {}
         found = [percent(it.get("acceptance"), 2), interval((it.get("low"), it.get("high")), 3)]
-        return [*found, row.change("acceptance"), row.since, *(count(it.get(key)) for key in keys)]
+        return [*found, row.change("acceptance", 100.0, 2), row.since, *(count(it.get(key)) for key in keys)]
 
     text = (
         "Acceptance is accepted over proposed draft tokens, behind the openings of held-out documents; other openings "
-        "and lengths give other figures. The interval is over these prompts. Greedy output is that of plain decoding."
+        "and lengths give other figures. The interval is over these prompts, the change in percentage points. Greedy "
+        "output is that of plain decoding."
     )
     return _table("Self-speculative decoding", text, header, trajectory, cells, "acceptance")
 

@@ -97,7 +97,7 @@ def probes(record: Record) -> str:
             markdown_text(probe.get("prompt", "")),
             markdown_text(probe.get("continuation", ""), 400),
             markdown_text(probe.get("expected", "")),
-            markdown_text(verdict(probe), 60),
+            verdict(probe, markdown_text),
         )
         for probe in probes
     ]

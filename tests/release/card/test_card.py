@@ -133,10 +133,9 @@ def test_the_capability_table_has_every_step_and_says_what_it_is_worth(tmp_path)
     assert "3 prompts are an anecdote, not a benchmark" in section
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line[:2] == "| "]
     assert rows[0] == ["step", *(probe["prompt"] for probe in RECORDS[0]["probes"]), "atomic number 79"]
-    wrong = "wrong&#58; Ag&#124;&#60;b&#62;"
+    wrong = "wrong: Ag&#124;&#60;b&#62;"
     assert rows[2:] == [
-        [str(step), "none &#40;no answer&#41;", "right&#58; cold", wrong, "yes" if step > 100 else "no"]
-        for step in (0, 100, 300)
+        [str(step), "none (no answer)", "right: cold", wrong, "yes" if step > 100 else "no"] for step in (0, 100, 300)
     ]
     page = write_report([make_run(tmp_path / "run")], tmp_path / "page.html").read_text()
     assert "3 prompts are an anecdote" in page and "right: cold" in page and "wrong: Ag|&lt;b&gt;" in page
@@ -179,3 +178,10 @@ def test_card_needs_records_and_one_per_step():
 def test_card_survives_missing_optional_parts():
     bare = {key: make_record(5)[key] for key in ("step", "model", "bpb")}
     assert "## Measurements at step 5" in render_card([bare], {"name": "bare"})
+
+
+def test_a_card_of_one_step_promises_no_file_that_its_folder_lacks():
+    alone, several = render_card(RECORDS[-1:], RELEASE), render_card(RECORDS, RELEASE)
+    assert "generated from `analysis.json`, `release.json` and `config.json` of this revision" in alone
+    assert "of every revision; no figure" in several
+    assert alone.count("trajectory.jsonl") == alone.count("`trajectory.jsonl` of `main`") == 1
