@@ -46,6 +46,7 @@ def run(
         json: Print one JSON document instead of tables.
     """
     from cognica_poe import pipeline
+    from cognica_poe.analysis.record import load_records
     from cognica_poe.planning.fit import fit_micro_rows
     from cognica_poe.release.loading import load
     from cognica_poe.serving.generation import generate_samples
@@ -58,7 +59,7 @@ def run(
     with hold(out, log=log), TrainingProgress(settings.training.steps) as progress:
         steps = pipeline.run_recipe(settings, out, resume=resume, log=log, progress=progress, init_from=init_from)
     samples = generate_samples(*load(out / "release" / f"step-{steps[-1]}"), SAMPLE_PROMPT)
-    records = pipeline.load_records(out / "analysis")
+    records = load_records(out / "analysis")
     if json:
         record = records[-1].model_dump(mode="json")
         return print_json({"run": str(out), "steps": steps, "record": record, "samples": as_dicts(samples)})
