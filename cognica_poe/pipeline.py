@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cognica_poe.analysis.record import AnalysisRecord, MadeFrom, read_record, record_path, sums_path
+from cognica_poe.analysis.record import AnalysisRecord, MadeFrom, Speed, read_record, record_path, sums_path
 from cognica_poe.data.manifest import load_manifest, read_documents
 from cognica_poe.data.rows.reader import Rows
 from cognica_poe.data.tokenizer import load_tokenizer
@@ -75,8 +75,8 @@ def baseline(run: Path, recipe: Recipe, log: Log = lambda line: None) -> dict[st
     return figures
 
 
-def analyze_step(run: Path, recipe: Recipe, model: Any, step: int, log: Log) -> AnalysisRecord:
-    """Analyse ``model`` at ``step`` and write its record."""
+def analyze_step(run: Path, recipe: Recipe, model: Any, step: int, log: Log, speed: bool = False) -> AnalysisRecord:
+    """Analyse ``model`` at ``step`` and write its record; with ``speed`` its modes are timed as well."""
     from cognica_poe.analysis.analyzer import analyze
 
     folder, parts = Path(run) / "analysis", require_parts(run, recipe)
@@ -94,6 +94,13 @@ def analyze_step(run: Path, recipe: Recipe, model: Any, step: int, log: Log) -> 
         log=log,
     )
     record.made_from = MadeFrom(**parts)
+    if speed:
+        from cognica_poe.bench.speeds import measure_speeds
+
+        rows = measure_speeds(
+            model, load_tokenizer(Path(run) / "tokenizer"), record.wand_bounds, k_draft=recipe.release.k_draft, log=log
+        )
+        record.speeds = [Speed.model_validate(row) for row in rows]
     record.write(folder)
     return record
 

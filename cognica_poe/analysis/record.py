@@ -180,6 +180,19 @@ class Baseline(_Part):
     method: str | None = None
 
 
+class Speed(_Part):
+    """Time of plain cached decoding over that of another mode, on the same prompts in turn; 95 % interval over them."""
+
+    mode: str
+    ratio: Annotated[float, Field(gt=0.0)]
+    low: Annotated[float, Field(gt=0.0)]
+    high: Annotated[float, Field(gt=0.0)]
+    prompts: Count
+    new_tokens: Count
+    dtype: str
+    device: str
+
+
 class Validation(_Part):
     """The text that everything was measured on, and how."""
 
@@ -229,6 +242,8 @@ class AnalysisRecord(_Part):
     speculative: Speculative
     routing: Routing | None = None
     heads: Heads | None = None
+    speeds: list[Speed] = Field(default_factory=list)
+    """Timed where it was asked for: times differ from run to run."""
     baseline: Baseline | None
     validation: Validation
     probes: list[Probe]

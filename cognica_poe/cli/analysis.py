@@ -13,12 +13,13 @@ from cognica_poe.errors import UserError
 from cognica_poe.recipe.fields import Range
 
 
-def analyze(run: RunFolder, step: Naturals = (), json: Flag = False) -> None:
+def analyze(run: RunFolder, step: Naturals = (), speed: Flag = False, json: Flag = False) -> None:
     """Measure checkpoints of a run; records land in RUN/analysis.
 
     Args:
         run: Run folder.
         step: Steps to measure; every checkpoint when omitted.
+        speed: Time the modes as well, against plain decoding behind the probe prompts.
         json: Print the records as one JSON document.
     """
     from cognica_poe import pipeline
@@ -29,7 +30,7 @@ def analyze(run: RunFolder, step: Naturals = (), json: Flag = False) -> None:
     records = []
     for number in pipeline.checkpoint_steps(run, step):
         model = pipeline.checkpoint_model(run, recipe, number, log)
-        records.append(pipeline.analyze_step(run, recipe, model, number, log))
+        records.append(pipeline.analyze_step(run, recipe, model, number, log, speed))
     if json:
         return print_json([record.model_dump(mode="json") for record in records])
     print_records(records)

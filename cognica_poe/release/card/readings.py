@@ -89,12 +89,32 @@ def wand_reading(record: Record) -> str:
         return ""
     early = 1.0 - exits[-1]
     if early <= 0.0:
+        if record.get("speeds"):
+            return f"No token leaves early at these bounds. {_pays(record)}"
         return "No token leaves early at these bounds: WAND saves nothing here."
     return (
         f"{percent(early)} of {count(wand.get('positions'))} tokens leave before the last stage, and "
-        f"{percent(wand.get('agreement'), 2)} of all tokens are the full pool's. Whether that saves time is not part "
-        "of this record: `cognica-poe bench decode` times it."
+        f"{percent(wand.get('agreement'), 2)} of all tokens are the full pool's. {_pays(record)}"
     )
+
+
+def _pays(record: Record) -> str:
+    """Whether WAND was timed, and what sign and interval of its gain say."""
+    timed = next((item for item in record.get("speeds") or [] if item["mode"] == "wand"), None)
+    if timed is None:
+        return "Whether that saves time is not part of this record: `cognica-poe analyze --speed` times it."
+    if timed["low"] > 1.0:
+        word = "It pays here"
+    elif timed["high"] < 1.0:
+        word = "It does not pay here"
+    else:
+        word = "No gain is seen here"
+    return f"{word}: {speed_figures(timed)} of plain decoding's speed."
+
+
+def speed_figures(timed: Mapping[str, Any]) -> str:
+    """``0.80x [0.59, 0.95]``."""
+    return f"{number(timed['ratio'], 2)}x [{number(timed['low'], 2)}, {number(timed['high'], 2)}]"
 
 
 def routing_reading(record: Record) -> str:

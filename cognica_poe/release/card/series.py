@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cognica_poe.release.card.readings import Record, comparisons, routing_reading
+from cognica_poe.release.card.readings import Record, comparisons, routing_reading, speed_figures
 from cognica_poe.release.card.tables import stage_count
 from cognica_poe.release.text import MISSING, count, interval, markdown_table, number, percent
 from cognica_poe.release.trajectory import Row, Trajectory
@@ -40,6 +40,7 @@ def sections(trajectory: Trajectory, release: Mapping[str, Any]) -> list[Section
         bounds(trajectory),
         speculation(trajectory),
         routing(trajectory),
+        speeds(trajectory),
     ]
     return [section for section in found if section is not None]
 
@@ -188,3 +189,24 @@ def routed(record: Record) -> str:
     """The routed share, and that it says nothing where the cap never binds."""
     fraction = (record.get("routing") or {}).get("fraction")
     return percent(fraction, 2) + (" (cap never binds)" if fraction == 1.0 else "")
+
+
+def speeds(trajectory: Trajectory) -> Section | None:
+    """Measured speed by mode; None where nothing was timed."""
+    modes: list[str] = []
+    for record in trajectory.records:
+        modes += [item["mode"] for item in record.get("speeds") or [] if item["mode"] not in modes]
+    if not modes:
+        return None
+
+    def cells(_: Row, record: Record) -> list[str]:
+        found = {item["mode"]: item for item in record.get("speeds") or []}
+        first = next(iter(found.values()), None)
+        where = f"{first['device']}, {first['dtype']}" if first else MISSING
+        return [*(speed_figures(found[mode]) if mode in found else MISSING for mode in modes), where]
+
+    text = (
+        "Times the speed of plain cached decoding, with 95 % intervals over the probe prompts; timed in turn on one "
+        "machine. An interval above 1 is a gain, one below 1 a loss, one that holds 1 neither."
+    )
+    return _table("Measured speed", text, [*modes, "on"], trajectory, cells)

@@ -140,6 +140,31 @@ def test_wand_is_said_to_save_nothing_where_nothing_leaves_and_never_to_pay_unti
 
 
 @pytest.mark.parametrize(
+    "ratio, low, high, said",
+    [
+        (0.8, 0.59, 0.95, "It does not pay here: 0.80x [0.59, 0.95] of plain decoding's speed."),
+        (1.12, 1.05, 1.2, "It pays here: 1.12x [1.05, 1.20]"),
+        (0.98, 0.9, 1.06, "No gain is seen here: 0.98x [0.90, 1.06]"),
+        (1.02, 0.99, 1.06, "No gain is seen here: 1.02x [0.99, 1.06]"),
+    ],
+)
+def test_whether_wand_pays_follows_from_its_timed_interval(ratio, low, high, said):
+    record = make_record(300)
+    record["speeds"] = [speed("wand", ratio, low, high), speed("stage 0", 1.5, 1.4, 1.6)]
+    AnalysisRecord.model_validate(copy.deepcopy(record))
+    for text in (render_card([record], RELEASE), report_of(record)):
+        assert said in text and "Measured speed" in text and "1.50x [1.40, 1.60]" in text
+        others = {"It does not pay here", "It pays here", "No gain is seen here"} - {said.partition(":")[0]}
+        assert not any(word in text for word in others)
+
+
+def speed(mode: str, ratio: float, low: float, high: float) -> dict:
+    """A timed mode."""
+    return {"mode": mode, "ratio": ratio, "low": low, "high": high, "prompts": 7, "new_tokens": 60,
+            "dtype": "float32", "device": "cpu"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
     "fraction, said",
     [(1.0, "The cap of 2.0 % never binds"), (0.61, "the cap of 2.0 % binds: 61.00 %"), (0.0, "no position can be")],
 )
