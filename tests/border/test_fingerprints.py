@@ -24,6 +24,7 @@ from tests.runs import small_recipe, write_texts
 
 KINDS = {
     "recipe": r"recipe\.json",
+    "initial": r"initial/.*",
     "journal": r"(metrics|events)\.jsonl",
     "data": r"data/.*",
     "tokenizer": r"tokenizer/.*",
@@ -39,16 +40,17 @@ KINDS = {
     "lock": r"(.*/)?\.[^/]*lock",
 }
 READERS = {
-    "recipe": ("resume", "analyze", "export", "publish", "report", "which-docs", "params"),
-    "journal": ("resume", "report"),
+    "recipe": ("resume", "run", "from checkpoint", "analyze", "export", "publish", "report", "which-docs", "params"),
+    "initial": ("resume", "run", "export"),
+    "journal": ("resume", "run", "report"),
     "data": ("resume", "analyze", "export", "which-docs", "pack", "tokenizer", "report"),
-    "tokenizer": ("resume", "analyze", "export", "which-docs", "pack"),
+    "tokenizer": ("resume", "from checkpoint", "analyze", "export", "which-docs", "pack"),
     "rows": ("resume", "which-docs", "pack"),
-    "latest checkpoint": ("resume", "analyze", "export"),
+    "latest checkpoint": ("resume", "from checkpoint", "analyze", "export"),
     "earlier checkpoint": ("resume", "export 6"),
-    "record": ("analyze", "export", "report"),
+    "record": ("run", "analyze", "export", "report"),
     "other record": ("analyze", "export 6", "report"),
-    "release": ("publish", "generate", "serve", "calibrate"),
+    "release": ("run", "publish", "from release", "generate", "serve", "calibrate"),
     "other release": ("publish",),
     "hub": ("publish", "report", "generate from hub"),
     "report": ("report",),
@@ -67,9 +69,18 @@ def facts_of(record: Path) -> dict:
     return {k: v for k, v in json.loads(record.read_text()).items() if k not in ("seconds", "sha256")}
 
 
+def begin(out: Path, source: Path) -> tuple:
+    """A short run from weights, with the recipe that lies beside all copies."""
+    few = ("--training.steps", "2", "--training.schedule.warmup-steps", "1")
+    return ("train", out.parents[1] / "recipe.json", "--out", out, "--init-from", source, *few)
+
+
 TINY = ("--max-new-tokens", "4", "--json")
 COMMANDS = {
     "resume": lambda run, out: ("train", run / "recipe.json", "--out", run, "--resume"),
+    "run": lambda run, out: ("run", run / "recipe.json", "--out", run, "--resume"),
+    "from checkpoint": lambda run, out: begin(out, run / "checkpoints/step-12"),
+    "from release": lambda run, out: begin(out, run / "release/step-12"),
     "analyze": lambda run, out: ("analyze", run, "--step", "12"),
     "export": lambda run, out: ("export", run, "--step", "12", "--out", out),
     "export 6": lambda run, out: ("export", run, "--step", "6", "--out", out),
@@ -91,6 +102,11 @@ COMMANDS = {
 """The words of each command."""
 LEFT = {
     "resume": lambda run, out: sha256_file(run / "checkpoints/step-13/model.safetensors"),
+    "run": lambda run, out: (
+        sha256_file(run / "release/step-13/model.safetensors"), facts_of(run / "analysis/step-13.json"),
+    ),
+    "from checkpoint": lambda run, out: sha256_file(out / "checkpoints/step-2/model.safetensors"),
+    "from release": lambda run, out: sha256_file(out / "checkpoints/step-2/model.safetensors"),
     "analyze": lambda run, out: facts_of(run / "analysis/step-12.json"),
     "export": lambda run, out: digests(out),
     "export 6": lambda run, out: digests(out),
@@ -98,7 +114,7 @@ LEFT = {
     "report": lambda run, out: digests(out),
     "pack": lambda run, out: digests(run / "rows"),
     "tokenizer": lambda run, out: digests(out),
-}
+}  # fmt: skip
 """What a command leaves on disk, beside what it prints."""
 
 
@@ -124,7 +140,10 @@ class Lab:
         self.folder, self.sound, self.count = folder, {}, 0
         self.run = folder / "made" / "run"
         save_recipe(small_recipe(write_texts(folder / "made" / "texts"), steps=13), folder / "recipe.json")
-        assert call(["run", folder / "recipe.json", "--out", self.run]) == 0
+        source, recipe = folder / "source", folder / "recipe.json"
+        few = ["--training.steps", "2", "--training.schedule.warmup-steps", "1"]
+        assert call(["train", recipe, "--out", source, *few]) == 0
+        assert call(["run", recipe, "--out", self.run, "--init-from", source / "checkpoints" / "step-2"]) == 0
         shutil.rmtree(self.run / "checkpoints" / "step-13")  # for a step to be left
 
     def files(self, kind):
@@ -147,6 +166,8 @@ class Lab:
         shown, said = capsys.readouterr()
         if "generate" in command and code == 0:
             shown = json.loads(shown)["text"]
+        if command == "run":  # it prints how fast it writes
+            shown = ""
         shown = re.sub(rf"{self.folder}/\d+", "HERE", shown)
         left = LEFT[command](run, out) if code == 0 and command in LEFT else None
         return Outcome(code, shown, left, said)
@@ -241,7 +262,7 @@ def test_a_flipped_byte_of_every_kind_is_named_or_harmless(lab, capsys):
     for kind in KINDS:
         if files := lab.files(kind):
             command = rng.choice(
-                [reader for reader in READERS[kind] if reader not in ("analyze", "resume")] or ["resume"]
+                [reader for reader in READERS[kind] if reader not in ("analyze", "resume", "run")] or ["resume"]
             )
             counts[lab.attempt(rng.choice(files), rng.random(), rng.randrange(8), command, capsys)] += 1
     with capsys.disabled():
