@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cognica_poe.analysis.record import AnalysisRecord, MadeFrom, Speed, read_record, record_path, sums_path
+from cognica_poe.analysis.record import AnalysisRecord, read_record, record_path, sums_path
+from cognica_poe.analysis.record_parts import MadeFrom, Speed
 from cognica_poe.data.manifest import load_manifest, read_documents
 from cognica_poe.data.rows.reader import Rows
 from cognica_poe.data.tokenizer import load_tokenizer

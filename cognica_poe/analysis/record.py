@@ -15,8 +15,27 @@ from collections.abc import Sized
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
+from cognica_poe.analysis.record_parts import (
+    Accuracy,
+    Baseline,
+    BitsPerByte,
+    Count,
+    Gaps,
+    Heads,
+    Intervals,
+    MadeFrom,
+    ModelFacts,
+    Part,
+    Probe,
+    Routing,
+    Sha256,
+    Speculative,
+    Speed,
+    Validation,
+    Wand,
+)
 from cognica_poe.analysis.sums import Sums, pack, unpack
 from cognica_poe.errors import UserError
 from cognica_poe.files import write_bytes, write_json
@@ -24,206 +43,9 @@ from cognica_poe.seals import SEAL, read_sealed, require_sha256, sealed
 
 SCHEMA_VERSION: Literal[1] = 1
 _REMEDY = "restore it or make the record again with `cognica-poe analyze`"
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-Count = Annotated[int, Field(ge=0)]
-Bits = Annotated[float, Field(ge=0.0)]
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Bounds = Annotated[list[float], Field(min_length=2, max_length=2)]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
-
-
-class ModelFacts(_Part):
-    """Which weights were measured."""
-
-    name: str
-    parameters: Count
-    poe_mode: Literal["none", "flat", "hier", "residual_logop"]
-    stage_layers: Annotated[list[int], Field(min_length=1)]
-    weights_sha256: Sha256
-    """sha256 over names and bytes of the parameters, sorted by name."""
-
-
-class MadeFrom(_Part):
-    """What the weights were trained from, and on what they were measured."""
-
-    recipe: Sha256
-    """Of the settings that a resumed run may not change."""
-    data: Sha256
-    """Of the sha256 of all shards."""
-    tokenizer: Sha256
-    """Of tokenizer.json."""
-
-
-class BitsPerByte(_Part):
-    """Bits per UTF-8 byte (special tokens stand for no byte)."""
-
-    full: Bits
-    """The path that was trained."""
-    stage: list[Bits]
-    prefix: list[Bits]
-    """Pool of the stages 0..k."""
-    plain: Bits
-    mean_stage: Bits
-    """Mean of ``stage``: the mean cross-entropy of the stages, which the pool is below (or equal)."""
-
-
-class Accuracy(_Part):
-    """Share of targets that are the top-1 token."""
-
-    full: Share
-    stage: list[Share]
-    prefix: list[Share]
-    plain: Share
-
-
-class Difference(_Part):
-    """A difference and its 95 % paired bootstrap interval over documents."""
-
-    value: float
-    low: float
-    high: float
-
-
-class Gaps(_Part):
-    """BPB of the trained path minus that of another use of the same weights: below zero the trained path is better."""
-
-    stage: list[Difference]
-    """Against one head alone, by stage; the last is the crossover gap of the model card."""
-    prefix: list[Difference]
-    """Against the pool of the stages 0..k, k < K - 1."""
-
-
-class Intervals(_Part):
-    """95 % bootstrap intervals [low, high] over documents."""
-
-    full: Bounds
-    stage: list[Bounds]
-    prefix: list[Bounds]
-    plain: Bounds
-
-
-class Wand(_Part):
-    """Early exit at ``safety``, teacher-forced, cross-fitted over halves of the documents."""
-
-    safety: Annotated[float, Field(ge=0.0)]
-    positions: Count
-    exit_fraction: list[Share]
-    agreement: Share
-
-
-class Speculative(_Part):
-    """Greedy self-speculative decoding; acceptance is null where nothing was proposed."""
-
-    acceptance: Share | None
-    proposed: Count
-    accepted: Count
-    rounds: Count
-    draft_stage: Count
-    k_draft: Annotated[int, Field(ge=1)]
-    prompts: Count
-    low: Share | None = None
-    high: Share | None = None
-    new_tokens: Count | None = None
-
-
-class Routing(_Part):
-    """Share of positions that stage 0 may answer alone, by its margin, at a capped rate of regressions."""
-
-    cap: Share
-    """Regressions (full pool right, stage 0 wrong) allowed per routed position."""
-    fraction: Share
-    regression_rate: Share
-    threshold: float | None
-    """Smallest routed stage-0 margin (nats); null if nothing is routed."""
-    stage0_cost: Share
-    """Cost of a position that stage 0 answers, relative to the full model."""
-    projected_speedup: Annotated[float, Field(ge=1.0)]
-    """``1 / (1 - (1 - stage0_cost) * fraction)``: projected, not measured."""
-    positions: Count
-
-
-class Heads(_Part):
-    """Geometry of the stage heads, from the weights alone; null where a head is zero."""
-
-    norm: list[Annotated[float, Field(ge=0.0)]]
-    alignment: list[list[Annotated[float, Field(ge=-1.0, le=1.0)] | None]]
-    """Signed cosine of the dominant singular vectors of two stage heads."""
-    unique_share: list[Share | None]
-    """Squared norm of a head outside the span of the heads before it."""
-    top_tokens: list[list[str]]
-    """Tokens of the dominant singular vector."""
-    perturbations: list[HeadPerturbation] | None = None
-
-
-class HeadPerturbation(_Part):
-    """Change of the full BPB with one stage head, or all (null), scaled by beta; paired 95 % interval."""
-
-    stage: Count | None
-    beta: float
-    value: float
-    low: float
-    high: float
-
-
-class Baseline(_Part):
-    """What a general compressor reaches on the same text."""
-
-    xz_bpb: Bits
-    xz_primed_bpb: Bits | None
-    """After the training text."""
-    val_bytes: Count | None = None
-    train_bytes: Count | None = None
-    train_truncated: bool | None = None
-    method: str | None = None
-
-
-class Speed(_Part):
-    """Time of plain cached decoding over that of another mode, on the same prompts in turn; 95 % interval over them."""
-
-    mode: str
-    ratio: Annotated[float, Field(gt=0.0)]
-    low: Annotated[float, Field(gt=0.0)]
-    high: Annotated[float, Field(gt=0.0)]
-    prompts: Count
-    new_tokens: Count
-    dtype: str
-    device: str
-
-
-class Validation(_Part):
-    """The text that everything was measured on, and how."""
-
-    documents: Count
-    bytes: Count
-    tokens: Count
-    sha256: Sha256
-    window: Annotated[int, Field(ge=1)]
-    stride: int | None = None
-    unit: Literal["document", "piece"] = "document"
-    """What the bootstrap resamples; pieces, where the slice has too few documents."""
-    sampled: bool = False
-    """Whether the slice is a sample of the validation split (``val_max_bytes``), not all of it."""
-
-
-class Probe(_Part):
-    """One greedy continuation."""
-
-    prompt: str
-    continuation: str
-    expected: str
-    correct: bool
-    answer: str | None
-    """The first answer that it asserts."""
-    reason: Literal["loop", "choices", "echo", "no answer"] | None
-    """Why it asserts none."""
-    facts: dict[str, bool | None]
-    """Secondary facts; null where it does not speak of them."""
-
-
-class AnalysisRecord(_Part):
+class AnalysisRecord(Part):
     """All measurements of one checkpoint."""
 
     schema_version: Literal[1] = SCHEMA_VERSION

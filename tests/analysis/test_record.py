@@ -7,12 +7,12 @@ from pydantic import ValidationError
 from cognica_poe.analysis.bits_per_byte import DocumentSums
 from cognica_poe.analysis.record import (
     AnalysisRecord,
-    MadeFrom,
     json_schema,
     load_records,
     read_record,
     record_path,
 )
+from cognica_poe.analysis.record_parts import MadeFrom
 from cognica_poe.analysis.sums import BINS, PositionCounts, Sums
 from cognica_poe.errors import UserError
 from cognica_poe.seals import write_sealed

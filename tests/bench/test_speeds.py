@@ -1,5 +1,5 @@
 from cognica_poe.analysis.probes import PROBES
-from cognica_poe.analysis.record import Speed
+from cognica_poe.analysis.record_parts import Speed
 from cognica_poe.bench.speeds import measure_speeds
 from tests.analysis.helpers import ByteTokenizer
 from tests.conftest import make_model
