@@ -39,6 +39,8 @@ class Contender:
     run: Answer
     drafter: str | None = None
     k_draft: int | None = None
+    synthetic: float | None = None
+    """Probability with which its drafts are accepted, where that is not for the pool to say."""
     seconds: list[list[float]] = field(default_factory=list)
     """Per prompt and round."""
     outputs: list[torch.Tensor] = field(default_factory=list)
@@ -62,6 +64,8 @@ class Settings:
     width: int | None = None
     synthetic: float | None = None
     """Accept every draft with this probability, whatever it is: for planning with random weights."""
+    synthetic_exit: float | None = None
+    """The same for drafts of exits."""
 
 
 def time_contenders(
@@ -112,14 +116,22 @@ def own_contenders(model: CognicaPoEForCausalLM, settings: Settings) -> list[Con
         found.append(Contender(f"prefix {count}", _text_of(model.generate_prefix, {}, max_stages=count, **new)))
     for stage in range(K):
         found.append(Contender(f"stage {stage}", _text_of(model.generate_stage, {}, stage=stage, **new)))
+    for layer in model.config.poe_exit_layers:
+        found.append(Contender(f"exit {layer}", _text_of(model.generate_exit, {}, layer=layer, **new)))
     if model.config.poe_wand_p99_bounds_per_stage_head is not None:
         found.append(Contender("wand", lambda ids: _wand(model, ids, new)))
-    verifier = verify if settings.synthetic is None else accepting(settings.synthetic)
     drafters = [d for d in settings.drafters if settings.synthetic is None or d != "lookup"]
-    for drafter in drafters:
-        for k in settings.k_drafts:
-            found.append(Contender("speculative", _speculative(model, drafter, k, verifier, new), drafter, k))
-    found.append(Contender("speculative", _speculative(model, "auto", 1, verifier, new), "auto"))
+    first, exits = model.config.stage_segments[0], settings.synthetic_exit
+    places = [("", first, settings.synthetic)]
+    places += [(f" exit {n}", model.config.poe_cuts.index(n), exits) for n in model.config.poe_exit_layers]
+    for name, segment, rate in places:
+        verifier = verify if rate is None else accepting(rate)
+        for drafter in drafters:
+            for k in settings.k_drafts:
+                run = _speculative(model, segment, drafter, k, verifier, new)
+                found.append(Contender(f"speculative{name}", run, drafter, k, rate))
+        run = _speculative(model, segment, "auto", 1, verifier, new)
+        found.append(Contender(f"speculative{name}", run, "auto", synthetic=rate))
     return found
 
 
@@ -132,13 +144,15 @@ def _wand(model: CognicaPoEForCausalLM, ids: torch.Tensor, new: dict) -> tuple[t
     return out, {"used": used}
 
 
-def _speculative(model: CognicaPoEForCausalLM, drafter: str, k: int, verifier: Verifier, new: dict) -> Answer:
-    """As ``generate_speculative``, with a rule of acceptance."""
+def _speculative(
+    model: CognicaPoEForCausalLM, segment: int, drafter: str, k: int, verifier: Verifier, new: dict
+) -> Answer:
+    """As ``generate_speculative`` with the head behind ``segment``, and with a rule of acceptance."""
 
     @torch.no_grad()
     def answer(ids: torch.Tensor) -> tuple[torch.Tensor, dict]:
         request = GenerationRequest.build(model, ids, **new)
-        transcript, counts = decode_speculative(model, request, 0, k, drafter, verifier=verifier)
+        transcript, counts = decode_speculative(model, request, segment, k, drafter, verifier=verifier)
         return transcript.finish(), counts.as_dict()
 
     return answer
@@ -237,8 +251,8 @@ def _row(
         "tokens_per_round": (tokens - batch * len(prompts)) / total["rounds"] if total["rounds"] else None,
         "agreement": None,
     }
-    if settings.synthetic is not None and contender.mode == "speculative":
-        row |= {"synthetic_acceptance": settings.synthetic, "identical_to_greedy": None}
+    if contender.synthetic is not None:
+        row |= {"synthetic_acceptance": contender.synthetic, "identical_to_greedy": None}
     if contender.mode == "wand":
         used = torch.cat([facts["used"].flatten() for facts in contender.facts])
         row["stages_used"] = torch.bincount(used, minlength=model.config.num_stages + 1)[1:].tolist()
@@ -272,16 +286,16 @@ def _width_of(contender: Contender) -> str:
 @torch.no_grad()
 def agreement(model: CognicaPoEForCausalLM, outputs: Sequence[torch.Tensor], new_tokens: int) -> float:
     """Share of the new tokens that the full pool would have chosen behind the same text, in decode steps as well."""
-    stages, same = range(model.config.num_stages), []
+    heads, same = model.config.stage_segments, []
     engine = Engines.of(model).get(model)
     for ids in outputs:
         B, length = ids.shape
         start = length - new_tokens
         cache = StageCache(engine, list(ids[:, :start]), length)
-        cache.advance(0, stages[-1], [True] * B)
+        cache.advance(0, heads[-1], [True] * B)
         cache.append(ids[:, start:], [new_tokens] * B)
-        cache.advance(0, stages[-1], [True] * B)
-        pool = cache.pool(stages, [start - 1] * B, new_tokens, None, model.config.poe_alpha)
+        cache.advance(0, heads[-1], [True] * B)
+        pool = cache.pool(heads, [start - 1] * B, new_tokens, None, model.config.poe_alpha)
         same.append((pool.argmax(dim=-1) == ids[:, start:]).flatten())
     return torch.cat(same).double().mean().item()
 
@@ -290,15 +304,16 @@ def agreement(model: CognicaPoEForCausalLM, outputs: Sequence[torch.Tensor], new
 def bounds(model: CognicaPoEForCausalLM, tokens_per_s: float) -> dict[str, Any]:
     """What a plain step reads, how fast the machine copies, and the share of a step that heads and pool take."""
     engine = Engines.of(model).get(model)
-    read = sum(_bytes(module) for module in [*engine.stages, *engine.folded])
+    heads = model.config.stage_segments
+    read = sum(_bytes(module) for module in [*engine.segments, *(engine.folded[head] for head in heads)])
     copy_rate = copy_bandwidth(model.device)
     cache = StageCache(engine, [torch.zeros(1, dtype=torch.int64, device=model.device)], 1)
-    cache.advance(0, model.config.num_stages - 1, [True])
+    cache.advance(0, heads[-1], [True])
     times = []
     for _ in range(20):
         _synchronize(model.device)
         began = time.perf_counter()
-        cache.pool(range(model.config.num_stages), [0], 1, None, model.config.poe_alpha)
+        cache.pool(heads, [0], 1, None, model.config.poe_alpha)
         _synchronize(model.device)
         times.append(time.perf_counter() - began)
     return {

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,28 @@ from cognica_poe.recipe.named import RECIPES, find_recipe
 from cognica_poe.release.loading import load
 
 
-def find_model(name: str, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any | None]:
+def find_model(
+    name: str, dtype: torch.dtype, device: torch.device, exit_layers: Sequence[int] = ()
+) -> tuple[Any, Any | None]:
     """Model and tokenizer of a release folder, or random weights of a recipe's shape and no tokenizer.
 
+    ``exit_layers`` are the exits of the random model.
+
     Raises:
-        UserError: neither a release folder nor a recipe, or a model without trained stage heads.
+        UserError: neither a release folder nor a recipe, exits that cannot be or are asked of a release, or a model
+            without trained stage heads.
     """
     model: Any
+    if exit_layers and name not in RECIPES and not name.endswith(".json"):
+        raise UserError(f"bench decode: --exit-layers are for a recipe, {name} has exits of its own or none")
     if Path(name).is_dir() and not (Path(name) / "recipe.json").is_file():
         model, tokenizer = load(name)
     elif name in RECIPES or name.endswith(".json"):
         from cognica_poe.training.build import build_model
 
-        model, tokenizer = build_model(find_recipe(name).model), None
+        shape = find_recipe(name).model
+        shape = dataclasses.replace(shape, poe_exit_layers=tuple(exit_layers)) if exit_layers else shape
+        model, tokenizer = build_model(shape), None
         with torch.no_grad():  # zeroed output matrices would make every stage agree
             for parameter in model.parameters():
                 if not parameter.any():

@@ -144,6 +144,8 @@ def bench_decode(
     peers: Flag = True,
     threads: Annotated[int | None, Range(1, 1024)] = None,
     synthetic_acceptance: Share = 0.98,
+    exit_acceptance: Share = 0.9,
+    exit_layers: Counts = (),
     json: Flag = False,
 ) -> None:
     """Decoding speed of every mode and drafter against our own cached greedy decoding, in one interleaved run.
@@ -166,6 +168,8 @@ def bench_decode(
         peers: Leave out transformers' generate and the uncached reference.
         threads: Threads of the processor; torch's choice when omitted.
         synthetic_acceptance: For a recipe: probability that a draft is accepted.
+        exit_acceptance: For a recipe: the same for a draft of an exit.
+        exit_layers: For a recipe: exits to give its random model, by the layers before each. A release has its own.
         json: Print one JSON document instead of a table.
     """
     import torch
@@ -182,11 +186,10 @@ def bench_decode(
     if threads is not None:
         torch.set_num_threads(threads)
     device = default_device()
-    model, tokenizer = find_model(checkpoint, getattr(torch, dtype), device)
+    model, tokenizer = find_model(checkpoint, getattr(torch, dtype), device, exit_layers)
     ids = find_prompts(tokenizer, model.config, text, prompts, prompt_tokens, batch, new_tokens, log)
-    settings = decoding.Settings(
-        new_tokens, rounds, k_draft, drafters, compile, width, synthetic_acceptance if tokenizer is None else None
-    )
+    rates = (synthetic_acceptance, exit_acceptance) if tokenizer is None else (None, None)
+    settings = decoding.Settings(new_tokens, rounds, k_draft, drafters, compile, width, *rates)
     found = decoding.time_contenders(model, [part.to(device) for part in ids], settings, peers, log)
     if json:
         return print_json(found)

@@ -197,21 +197,3 @@ class Trunk(nn.Module):
         super().__init__()
         self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
         self.h = nn.ModuleList([Block(config, i) for i in range(config.num_hidden_layers)])
-
-
-class LowRankHead(nn.Module):
-    """A stage's own head as two thin matrices, ``up @ down``, behind the shared one."""
-
-    def __init__(self, config: CognicaPoEConfig):
-        super().__init__()
-        self.down = nn.Linear(config.hidden_size, config.stage_head_rank, bias=False)
-        self.up = nn.Linear(config.stage_head_rank, config.vocab_size, bias=False)
-
-    @property
-    def weight(self) -> Tensor:
-        """The whole matrix ``[V, D]``."""
-        return self.up.weight @ self.down.weight
-
-    def forward(self, n: Tensor) -> Tensor:
-        """Logits ``[..., V]`` of normed states ``[..., D]``."""
-        return self.up(self.down(n))

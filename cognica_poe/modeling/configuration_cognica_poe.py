@@ -15,11 +15,13 @@ class CognicaPoEConfig(PreTrainedConfig):
     """Shape and combiner of a model whose trunk is cut into K stages with one prediction head each.
 
     The fields carry the names of the released card. ``poe_stage_layers`` lists the number of layers of every stage and
-    must sum to ``num_hidden_layers``; one stage is an ordinary transformer. Where nanochat changed over 2026 the value
-    is a field (``qk_scale``, ``short_window``, ``resid_lambda_init`` ...): a checkpoint of another date loads.
+    must sum to ``num_hidden_layers``; one stage is an ordinary transformer. ``poe_exit_layers`` adds exits inside
+    stages, each by the number of layers before it: heads that draft and answer alone, and are no experts of the pool.
+    Where nanochat changed over 2026 the value is a field (``qk_scale``, ``short_window``, ``resid_lambda_init`` ...): a
+    checkpoint of another date loads.
 
     Raises:
-        ValueError: a field contradicts another (stage layers, heads, window pattern, mode).
+        ValueError: a field contradicts another (stage layers, exits, heads, window pattern, mode).
     """
 
     model_type = "cognica_poe"
@@ -50,8 +52,11 @@ class CognicaPoEConfig(PreTrainedConfig):
     poe_stage_layers: list[int] = None  # type: ignore[assignment]  # None becomes one stage of all layers
     per_stage_head: bool = True
     stage_head_rank: int = 0  # of the stages' own heads; 0: full matrices
+    poe_exit_layers: list[int] = None  # type: ignore[assignment]  # layers before each exit; None becomes no exit
+    exit_head_rank: int = 0  # of the exits' own heads; 0: full matrices
     poe_head_count: int = None  # type: ignore[assignment]  # None becomes the number of stages
     poe_wand_p99_bounds_per_stage_head: list[float] | None = None
+    poe_wand_p99_bounds_per_exit: list[float] | None = None  # None: WAND passes by the exits
     use_cache: bool = True
     tie_word_embeddings: bool = False
 
@@ -59,6 +64,9 @@ class CognicaPoEConfig(PreTrainedConfig):
         stages, bounds = self.poe_stage_layers, self.poe_wand_p99_bounds_per_stage_head
         self.poe_stage_layers = [self.num_hidden_layers] if stages is None else list(stages)
         self.poe_wand_p99_bounds_per_stage_head = None if bounds is None else list(bounds)
+        self.poe_exit_layers = [] if self.poe_exit_layers is None else list(self.poe_exit_layers)
+        if self.poe_wand_p99_bounds_per_exit is not None:
+            self.poe_wand_p99_bounds_per_exit = list(self.poe_wand_p99_bounds_per_exit)
         self._check_fields()
         self.poe_head_count = self.num_stages
         self.resid_lambda_init, self.x0_lambda_init = list(self.resid_lambda_init), list(self.x0_lambda_init)
@@ -89,10 +97,24 @@ class CognicaPoEConfig(PreTrainedConfig):
         rank, fits = self.stage_head_rank, 0 <= self.stage_head_rank < self.hidden_size
         check(fits, f"stage_head_rank {rank} must be 0 (full) or below hidden_size {self.hidden_size}")
         check(self.per_stage_head or not rank, f"stage_head_rank {rank} needs per_stage_head")
+        self._check_exits()
         fits, count = self.poe_head_count in (None, len(stages)), len(stages)
         check(fits, f"poe_head_count {self.poe_head_count} differs from the {count} stages of poe_stage_layers")
         fits, count = bounds is None or len(bounds) == len(stages) - 1, len(stages) - 1
         check(fits, f"poe_wand_p99_bounds_per_stage_head needs {count} bounds, one per transition between stages")
+
+    def _check_exits(self) -> None:
+        exits, rank, layers = self.poe_exit_layers, self.exit_head_rank, self.num_hidden_layers
+        fits = all(type(layer) is int and 0 < layer < layers for layer in exits) and exits == sorted(set(exits))
+        check(fits, f"poe_exit_layers {exits} must ascend from at least 1 to below num_hidden_layers = {layers}")
+        ends = set(itertools.accumulate(self.poe_stage_layers))
+        at_end = [layer for layer in exits if layer in ends]
+        check(not at_end, f"poe_exit_layers {exits}: a stage ends behind layer {at_end[:1]}, which has a head already")
+        check(0 <= rank < self.hidden_size, f"exit_head_rank {rank} must be 0 (full) or below {self.hidden_size}")
+        bounds = self.poe_wand_p99_bounds_per_exit
+        fits = bounds is None or len(bounds) == len(exits)
+        check(fits, f"poe_wand_p99_bounds_per_exit needs {len(exits)} bounds, one per exit of poe_exit_layers")
+        check(bool(exits) or not rank, f"exit_head_rank {rank} needs poe_exit_layers")
 
     @property
     def num_stages(self) -> int:
@@ -108,6 +130,27 @@ class CognicaPoEConfig(PreTrainedConfig):
         """Indices of the layers of one stage."""
         end = self.poe_stage_boundaries[stage] + 1
         return range(end - self.poe_stage_layers[stage], end)
+
+    @property
+    def poe_cuts(self) -> list[int]:
+        """Layers before every head of a stage or an exit, ascending: what lies between two is a segment of layers."""
+        return sorted([*itertools.accumulate(self.poe_stage_layers), *self.poe_exit_layers])
+
+    @property
+    def stage_segments(self) -> list[int]:
+        """The segment that ends every stage; without exits a stage is a segment."""
+        cuts = self.poe_cuts
+        return [cuts.index(end) for end in itertools.accumulate(self.poe_stage_layers)]
+
+    def segment_layers(self, segment: int) -> range:
+        """Indices of the layers of one segment."""
+        cuts = [0, *self.poe_cuts]
+        return range(cuts[segment], cuts[segment + 1])
+
+    def exits_of(self, stage: int) -> list[int]:
+        """Exits inside a stage, as indices of ``poe_exit_layers``."""
+        layers = self.stage_layers(stage)
+        return [i for i, layer in enumerate(self.poe_exit_layers) if layers.start < layer < layers.stop]
 
     def has_value_embedding(self, layer: int) -> bool:
         """Value embeddings sit on every other layer, the last one included."""

@@ -35,6 +35,7 @@ MODES = {
     "full": "generate_prefix",
     "prefix": "generate_prefix",
     "stage": "generate_stage",
+    "exit": "generate_exit",
     "wand": "generate_wand",
     "speculative": "generate_speculative",
     "parallel": "generate_parallel_composition",
@@ -86,8 +87,8 @@ class PoEDecodingMixin(GenerationMixin):
             inputs: prompts ``[B, T]``; ``input_ids`` as a keyword serves as well.
             generation_config: as in transformers. It, or the model's own, may hold ``poe_mode``, ``poe_options`` and
                 ``seed``, which is how ``pipeline`` and ``cognica-poe serve`` reach the modes of a released folder.
-            poe_mode: ``full``, ``prefix``, ``stage``, ``wand``, ``speculative`` or ``parallel``; None, unless the
-                generation config says otherwise, is transformers' own loop.
+            poe_mode: ``full``, ``prefix``, ``stage``, ``exit``, ``wand``, ``speculative`` or ``parallel``; None, unless
+                the generation config says otherwise, is transformers' own loop.
             **kwargs: as in transformers; with a mode also ``poe_options``, a dict with that mode's own arguments, and
                 ``seed``. Settings mean what they mean in transformers and have its defaults: sampling is among the 50
                 most probable tokens unless ``top_k`` says otherwise.
@@ -118,14 +119,22 @@ class PoEDecodingMixin(GenerationMixin):
         max_stages = self.config.num_stages if max_stages is None else max_stages
         self._check_trained([max_stages - 1], "max_stages", max_stages)
         request = GenerationRequest.build(self, input_ids, **options)
-        return decode_pool(self, request, range(max_stages), None, self.config.poe_alpha).finish()
+        return decode_pool(self, request, self._heads_of(range(max_stages)), None, self.config.poe_alpha).finish()
 
     @torch.no_grad()
     def generate_stage(self, input_ids: torch.Tensor, stage: int, **options) -> torch.Tensor:
         """One stage with its own head, counted from 0; deeper layers are never run."""
         self._check_trained([stage])
         request = GenerationRequest.build(self, input_ids, **options)
-        return decode_pool(self, request, [stage], None, 0.0).finish()
+        return decode_pool(self, request, self._heads_of([stage]), None, 0.0).finish()
+
+    @torch.no_grad()
+    def generate_exit(self, input_ids: torch.Tensor, layer: int, **options) -> torch.Tensor:
+        """The exit behind ``layer`` layers with its own head; deeper layers are never run."""
+        self._check_trained([0])
+        segment = self._exit_segment(layer)
+        request = GenerationRequest.build(self, input_ids, **options)
+        return decode_pool(self, request, [segment], None, 0.0).finish()
 
     @torch.no_grad()
     def generate_wand(
@@ -134,26 +143,29 @@ class PoEDecodingMixin(GenerationMixin):
         safety: float = 1.0,
         p99_bounds: Sequence[float] | None = None,
         return_stages_used: bool = False,
+        exit_bounds: Sequence[float] | None = None,
         **options,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Adaptive depth: a token leaves after stage k when ``top1 - top2 > safety * sum of the remaining bounds``.
 
-        Margins are those of the pooled log-probabilities of the first k stages.
+        Margins are those of the pooled log-probabilities of the first k stages. At an exit inside stage k they are its
+        own, and its bound, on what lies between it and the pool of the stages up to k, adds to the sum.
 
         Args:
             safety: factor on the bounds; larger means fewer exits.
             p99_bounds: K-1 bounds, one per transition between stages; the config's when None. A model of four stages
                 whose config has none falls back to ``POE_WAND_P99_BOUNDS_PER_STAGE_HEAD``, those of another model; one
                 of another number of stages refuses.
-            return_stages_used: also return how many stages each new token used.
+            return_stages_used: also return how many stages each new token used, one that it left at an exit included.
+            exit_bounds: one bound per exit, or none at all to pass by the exits; the config's when None.
 
         Returns:
             ids ``[B, T + new]``; with ``return_stages_used`` also int64 ``[B, new]`` in 1..K, 0 after a row's end.
         """
         self._check_trained([0])
-        bounds = self._wand_bounds(p99_bounds, safety)
+        bounds, exits = self._wand_bounds(p99_bounds, safety), self._exit_bounds(exit_bounds)
         request = GenerationRequest.build(self, input_ids, **options)
-        transcript, used = decode_wand(self, request, bounds, safety)
+        transcript, used = decode_wand(self, request, bounds, safety, exits)
         ids = transcript.finish()
         return (ids, pad_rows(used, 0).to(ids.device)) if return_stages_used else ids
 
@@ -166,6 +178,7 @@ class PoEDecodingMixin(GenerationMixin):
         return_acceptance: bool = False,
         drafter: str = "stage",
         draft_confidence: float = 0.0,
+        draft_layer: int | None = None,
         **options,
     ) -> torch.Tensor | tuple[torch.Tensor, dict]:
         """A cheap drafter proposes up to ``k_draft`` tokens, the full pool verifies them in one block.
@@ -173,13 +186,14 @@ class PoEDecodingMixin(GenerationMixin):
         Greedy output is that of plain decoding, sampled output follows exactly its distribution, whatever drafts.
 
         Args:
-            draft_stage: deepest stage that drafts.
+            draft_stage: deepest stage that drafts, counted from 0.
             k_draft: drafts per round at most.
             return_acceptance: also return what the drafts were worth.
             drafter: ``stage``, ``int8``, ``int4`` or ``lookup``, see the module of drafters; ``auto`` measures them on
                 this machine at the first call and takes the fastest, or none where speculation does not pay; it then
                 chooses ``k_draft`` as well.
             draft_confidence: a row stops drafting with the first token whose draft probability is below this.
+            draft_layer: draft with the exit behind so many layers instead of a stage, whatever the ``drafter``.
 
         Returns:
             ids ``[B, T + new]``; with ``return_acceptance`` also a dict with ``proposed`` and ``accepted`` drafts,
@@ -187,12 +201,16 @@ class PoEDecodingMixin(GenerationMixin):
             summed over rows.
         """
         self._check_trained([draft_stage], "draft_stage")
+        segment = self._heads_of([draft_stage])[0]
+        if draft_layer is not None:
+            check(draft_stage == 0, f"draft_layer {draft_layer} drafts instead of a stage: leave draft_stage out")
+            segment = self._exit_segment(draft_layer, "draft_layer")
         check(is_int(k_draft) and k_draft >= 1, f"k_draft is {k_draft}; draft at least 1 token")
         known = (*DRAFTERS, "auto")
         check(drafter in known, f"drafter {drafter!r} does not exist; choose one of {', '.join(known)}")
         check(0 <= draft_confidence < 1, f"draft_confidence is {draft_confidence}; it must be in [0, 1)")
         request = GenerationRequest.build(self, input_ids, **options)
-        transcript, counts = decode_speculative(self, request, draft_stage, k_draft, drafter, draft_confidence)
+        transcript, counts = decode_speculative(self, request, segment, k_draft, drafter, draft_confidence)
         ids = transcript.finish()
         return (ids, counts.as_dict()) if return_acceptance else ids
 
@@ -220,7 +238,7 @@ class PoEDecodingMixin(GenerationMixin):
             check(fits, f"stage_weights {stage_weights} need one non-negative weight per stage of {stages}")
         request = GenerationRequest.build(self, input_ids, **options)
         alpha = self.config.poe_alpha if stage_weights is None else 0.0
-        return decode_pool(self, request, stages, stage_weights, alpha).finish()
+        return decode_pool(self, request, self._heads_of(stages), stage_weights, alpha).finish()
 
     def check_stages(self, stages: list[int], name: str = "stage", value: object = None) -> None:
         """Raise ValueError unless ``stages`` are different ones of the K stages; the message speaks of ``value``."""
@@ -231,10 +249,36 @@ class PoEDecodingMixin(GenerationMixin):
         value = stages[0] if value is None else value
         check(exist, f"{name} {value} does not exist: the model has {K} stages")
 
+    def find_exit(self, layer: int, name: str = "layer") -> int:
+        """Which of ``poe_exit_layers`` stands behind ``layer`` layers. Raises ValueError where none does."""
+        exits = self.config.poe_exit_layers
+        known = f"exits stand behind {', '.join(map(str, exits))} layers" if exits else "the model has no exits"
+        fits = is_int(layer) and layer in exits
+        check(fits, f"{name} {layer}: no exit stands there; {known} (cognica-poe add-exit trains one)")
+        return exits.index(layer)
+
+    def _heads_of(self, stages: Sequence[int]) -> list[int]:
+        """The segments behind which the heads of ``stages`` stand."""
+        segments = self.config.stage_segments
+        return [segments[stage] for stage in stages]
+
+    def _exit_segment(self, layer: int, name: str = "layer") -> int:
+        """The segment behind which an exit stands. Raises ValueError where there is none."""
+        self.find_exit(layer, name)
+        return self.config.poe_cuts.index(layer)
+
     def _check_trained(self, stages: list[int], name: str = "stage", value: object = None) -> None:
         trained = self.config.poe_mode != "none"
         check(trained, "poe_mode is none: the stage heads of this model are not trained; use generate()")
         self.check_stages(stages, name, value)
+
+    def _exit_bounds(self, bounds: Sequence[float] | None) -> list[float]:
+        exits = self.config.poe_exit_layers
+        held = self.config.poe_wand_p99_bounds_per_exit if bounds is None else bounds
+        bounds = [float(bound) for bound in held or ()]
+        fits = not bounds or (len(bounds) == len(exits) and all(bound >= 0 for bound in bounds))
+        check(fits, f"exit_bounds {bounds} need {len(exits)} non-negative values, one per exit, or none at all")
+        return bounds
 
     def _wand_bounds(self, bounds: Sequence[float] | None, safety: float) -> list[float]:
         K = self.config.num_stages

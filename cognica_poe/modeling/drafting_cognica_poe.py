@@ -5,6 +5,8 @@ stage       the first stages of the model itself; what they compute is reused wh
 int8, int4  a copy of the first stages with quantised weights, on a cache of its own
 lookup      n-grams of the text so far, checked by the first stages in blocks: the tokens of ``stage`` for fewer passes
 ==========  ========================================================================================================
+
+Each draws from the head behind a segment of layers, that of a stage or of an exit inside one.
 """
 
 from __future__ import annotations
@@ -47,42 +49,44 @@ class Drafter(Protocol):
         """Take note that the cache forgot the rejected drafts and that the answer grew."""
 
 
-def make_drafter(name: str, model, cache: StageCache, transcript: Transcript, stage: int, confidence: float) -> Drafter:
-    """A drafter by name for one generation over ``cache``."""
+def make_drafter(
+    name: str, model, cache: StageCache, transcript: Transcript, segment: int, confidence: float
+) -> Drafter:
+    """A drafter by name for one generation over ``cache``, with the head behind ``segment``."""
     if name == "lookup":
-        return LookupDrafter(cache, transcript, stage, confidence)
+        return LookupDrafter(cache, transcript, segment, confidence)
     own = cache
     if name != "stage":
-        own = fill_cache(Engines.attached(model).get(model, name, stage + 1), transcript.request)
-    return StageDrafter(own, cache, transcript, stage, confidence)
+        own = fill_cache(Engines.attached(model).get(model, name, segment + 1), transcript.request)
+    return StageDrafter(own, cache, transcript, segment, confidence)
 
 
 class StageDrafter:
-    """Drafts token by token with the stages up to ``stage`` of ``own``, which may be ``cache`` itself.
+    """Drafts token by token with the segments up to ``segment`` of ``own``, which may be ``cache`` itself.
 
     Args:
         own: the cache that drafting runs on.
         cache: the cache that verifies; drafts are made known there.
         transcript: the answer so far.
-        stage: deepest stage that drafts.
+        segment: deepest segment that drafts.
         confidence: stop a row with the first draft of lower probability. That draft is kept: dropping a token for what
             it is would bend the distribution.
     """
 
     adds_token = True
 
-    def __init__(self, own: StageCache, cache: StageCache, transcript: Transcript, stage: int, confidence: float):
+    def __init__(self, own: StageCache, cache: StageCache, transcript: Transcript, segment: int, confidence: float):
         self.own, self.cache, self.transcript = own, cache, transcript
-        self.stage, self.confidence = stage, confidence
+        self.segment, self.confidence = segment, confidence
 
     def draft(self, limits: list[int]) -> Drafts:
         """See :class:`Drafter`."""
         own, drafts, drawn_from = self.own, self.own.ids.new_zeros(len(limits), 0), []
         counts, going = [0] * len(limits), [limit > 0 for limit in limits]
         while any(going):
-            # In rows that go on, the last known token is the only one that the drafting stages have not seen.
-            own.advance(0, self.stage, going)
-            scores = own.logits(self.stage, own.last_known())
+            # In rows that go on, the last known token is the only one that the drafting segments have not seen.
+            own.advance(0, self.segment, going)
+            scores = own.logits(self.segment, own.last_known())
             tokens, probabilities, sure = draw(self.transcript, scores, drafts, counts, self.confidence)
             drafts = torch.cat((drafts, tokens), dim=1)
             drawn_from += [] if probabilities is None else [probabilities]
@@ -145,9 +149,9 @@ class LookupDrafter:
 
     adds_token = False
 
-    def __init__(self, cache: StageCache, transcript: Transcript, stage: int, confidence: float):
+    def __init__(self, cache: StageCache, transcript: Transcript, segment: int, confidence: float):
         self.cache, self.transcript = cache, transcript
-        self.stage, self.confidence = stage, confidence
+        self.segment, self.confidence = segment, confidence
         request = transcript.request
         self.texts = [NgramText(request.prompt(row).tolist()) for row in range(len(request.lengths))]
 
@@ -180,8 +184,8 @@ class LookupDrafter:
         width = max(map(len, guesses))
         if width:
             cache.append(pad_rows(guesses, 0).to(cache.ids.device), [len(guess) for guess in guesses])
-        cache.advance(0, self.stage, [row.going for row in rows])
-        scores = cache.logits(self.stage, [count - 1 for count in known], width + 1)
+        cache.advance(0, self.segment, [row.going for row in rows])
+        scores = cache.logits(self.segment, [count - 1 for count in known], width + 1)
         ahead = [row.drafts + row.guesses for row in rows]
         first = [len(row.drafts) for row in rows]
         tokens, probabilities, sure = draw(self.transcript, scores, ahead, first, self.confidence)

@@ -1,8 +1,9 @@
 """The model arranged for decoding: fused and packed weights, and the tensor functions that every mode is made of.
 
-Three functions are enough: run one stage on a block of lanes over its cache, one stage's head, the pool of several
-heads. Each reads and writes the cache's buffers itself and has static shapes at decode time, so that ``torch.compile``
-takes it as one graph and a step costs a call per stage.
+Three functions are enough: run one segment on a block of lanes over its cache, the head behind one, the pool of several
+heads. A segment is the layers up to the next head: a stage, or a part of one where it has exits. Each function reads
+and writes the cache's buffers itself and has static shapes at decode time, so that ``torch.compile`` takes it as one
+graph and a step costs a call per segment.
 
 Shapes: ``B`` rows, ``W`` lanes of a block, ``S`` slots of the cache, ``D`` width, ``V`` vocab, ``N`` query heads,
 ``G`` key/value heads, ``h`` head dim. ``lanes`` ``[2, B]`` int64 says where the lanes of a block stand: the first slot
@@ -34,7 +35,7 @@ from .blocks_cognica_poe import (
 from .graphs_cognica_poe import Graphs
 from .linears_cognica_poe import LINEARS, kept
 from .sampling_cognica_poe import combine
-from .weights_cognica_poe import digest, identity, plain_weights, stage_of
+from .weights_cognica_poe import digest, identity, plain_weights, segment_of
 
 ENGINES = "_decoding_engines"
 """Attribute of a model that holds its :class:`Engines`."""
@@ -105,13 +106,13 @@ class DecodeLayer(nn.Module):
         return out.to(q.dtype).view(B, G, N // G, W, h).permute(0, 3, 1, 2, 4).reshape(B, W, N * h)
 
 
-class StageLayers(nn.Module):
-    """The layers of one stage, from the states before them to the states behind them."""
+class SegmentLayers(nn.Module):
+    """The layers of one segment, from the states before them to the states behind them."""
 
-    def __init__(self, model, stage: int, linear):
+    def __init__(self, model, segment: int, linear):
         super().__init__()
         self.config = model.config
-        layers = self.config.stage_layers(stage)
+        layers = self.config.segment_layers(segment)
         self.layers = nn.ModuleList([DecodeLayer(model, i, linear) for i in layers])
         self.kinds = set(self.config.layer_types)
         self.wte = kept(model.transformer.wte.weight)
@@ -125,10 +126,10 @@ class StageLayers(nn.Module):
             span: slots to attend to, from 0 on.
             lanes: where the lanes stand, see the module.
             ids: token ids ``[B, S]`` of the cache.
-            behind: states ``[B, S, D]`` behind the stage before; None for stage 0, which starts from the embeddings.
-            states: states ``[B, S, D]`` behind this stage; the lanes' own are written.
-            keys, values: one buffer ``[B, S, G, h]`` per layer of the stage; the lanes' own are written.
-            seen: what :meth:`look` of any stage found for this block.
+            behind: states ``[B, S, D]`` behind the segment before; None for the first, which begins with embeddings.
+            states: states ``[B, S, D]`` behind this segment; the lanes' own are written.
+            keys, values: one buffer ``[B, S, G, h]`` per layer of the segment; the lanes' own are written.
+            seen: what :meth:`look` of any segment found for this block.
         """
         rows, slots, write, tokens, x0, rotary, masks = seen or self.look(width, span, lanes, ids)
         x = x0 if behind is None else behind[rows, slots]
@@ -137,7 +138,7 @@ class StageLayers(nn.Module):
         states[rows, write] = x
 
     def look(self, width: int, span: int, lanes, ids) -> tuple:
-        """What is the same for all stages of a block: rows, slots, where to write, ids, ``x0``, rotary, masks."""
+        """What is the same for all segments of a block: rows, slots, where to write, ids, ``x0``, rotary, masks."""
         config, (slots, write) = self.config, find_lanes(lanes, width, ids.shape[1] - 1)
         rows = torch.arange(ids.shape[0], device=ids.device)[:, None]
         tokens, before = ids[rows, slots], ids[rows, (slots - 1).clamp(min=0)]
@@ -161,7 +162,7 @@ class StageLayers(nn.Module):
 
 
 class Heads(nn.Module):
-    """Heads of some stages, each folded with the shared one, and their product."""
+    """Heads behind some segments, each folded with the shared one, and their product."""
 
     def __init__(self, config, heads: Sequence[nn.Module]):
         super().__init__()
@@ -173,9 +174,9 @@ class Heads(nn.Module):
         Args:
             width: lanes of the block.
             weights: one per head; None gives the capped logits of the one head instead.
-            alpha: exponent of the number of stages.
+            alpha: exponent of the number of heads.
             lanes: where the lanes stand, see the module.
-            states: states ``[B, S, D]`` behind the stage of every head.
+            states: states ``[B, S, D]`` behind the segment of every head.
         """
         logits = []
         for head, behind in zip(self.heads, states, strict=True):
@@ -187,77 +188,79 @@ class Heads(nn.Module):
 
 
 class Engine:
-    """Stage functions of one model in one form of its weights; stages are arranged when first asked for, and once.
+    """Functions of one model in one form of its weights; segments are arranged when first asked for, and once.
 
     Args:
         model: the causal language model, in evaluation mode.
         form: key of ``LINEARS``.
-        stages: how many stages to arrange at once, from the first on; all when None.
+        segments: how many segments to arrange at once, from the first on, with their heads; all when None.
         width: lanes of every decode step, see :class:`StageCache`; :func:`natural_width` when None.
         compiled: run decode steps through :class:`Graphs`, one graph per function and shape.
     """
 
-    def __init__(self, model, form: str = "dense", stages: int | None = None, width: int | None = None, compiled=False):
+    def __init__(
+        self, model, form: str = "dense", segments: int | None = None, width: int | None = None, compiled: bool = False
+    ):
         self.config, self.dtype, self.device = model.config, model.dtype, model.device
         self.width, self.linear = width or natural_width(model), functools.partial(LINEARS[form], compiled=compiled)
-        self.stages: list[StageLayers] = []
+        self.segments: list[SegmentLayers] = []
         self.folded: list[nn.Module] = []
         self.heads: dict[tuple[int, ...], Heads] = {}
-        # A call takes a graph per stage and per head at most, and one or two of pools.
-        self.graphs = Graphs(self.device, SHAPES * (2 * self.config.num_stages + 2)) if compiled else None
+        # A call takes a graph per segment and per head at most, and one or two of pools.
+        self.graphs = Graphs(self.device, SHAPES * (2 * len(self.config.poe_cuts) + 2)) if compiled else None
         self.seen_of: torch.Tensor | None = None
         self.seen: tuple | None = None
-        self.reach(model, self.config.num_stages if stages is None else stages)
+        self.reach(model, len(self.config.poe_cuts) if segments is None else segments)
 
-    def reach(self, model, stages: int) -> None:
-        """Arrange what is missing of the first ``stages`` stages."""
-        for stage in range(len(self.stages), stages):
-            self.stages.append(StageLayers(model, stage, self.linear))
-            self.folded.append(self.linear(model.head_weight(stage)))
+    def reach(self, model, segments: int) -> None:
+        """Arrange what is missing of the first ``segments`` segments and of their heads."""
+        for segment in range(len(self.segments), segments):
+            self.segments.append(SegmentLayers(model, segment, self.linear))
+            self.folded.append(self.linear(model.segment_weight(segment)))
 
     @property
     def parts(self) -> list[nn.Module]:
         """All modules that hold weights."""
-        return [part for module in (*self.stages, *self.folded) for part in module.modules()]
+        return [part for module in (*self.segments, *self.folded) for part in module.modules()]
 
     def copied(self, weights: dict[str, torch.Tensor]) -> list[str]:
         """Names of the weights that this engine holds in a form of its own: it does not see them change.
 
         A processor's graph holds all its weights; otherwise a weight is referred to where a module reads it in place.
         """
-        names = [name for name in weights if stage_of(name, self.config) < len(self.stages)]
+        names = [name for name in weights if segment_of(name, self.config) < len(self.segments)]
         if self.graphs is not None and self.device.type == "cpu":
             return names
         in_place = [part for part in self.parts if getattr(part, "packed", None) is None]
         read = {buffer.data_ptr() for part in in_place for buffer in part.buffers(recurse=False)}
         return [name for name in names if weights[name].data_ptr() not in read]
 
-    def run_stage(self, stage: int, width: int, span: int, lanes, ids, behind, states, keys, values) -> None:
-        """Run a block of lanes through a stage, see :class:`StageLayers`; only decode steps are compiled."""
+    def run_segment(self, segment: int, width: int, span: int, lanes, ids, behind, states, keys, values) -> None:
+        """Run a block of lanes through a segment, see :class:`SegmentLayers`; only decode steps are compiled."""
         tensors = (lanes, ids, behind, states, keys, values)
         if (width, span) != (self.width, ids.shape[1]):
-            self.stages[stage](width, span, *tensors)
+            self.segments[segment](width, span, *tensors)
         elif self.graphs is None:
             if self.seen_of is not lanes:  # which are made anew when tokens have changed
-                self.seen_of, self.seen = lanes, self.stages[0].look(width, span, lanes, ids)
-            self.stages[stage](width, span, *tensors, self.seen)
+                self.seen_of, self.seen = lanes, self.segments[0].look(width, span, lanes, ids)
+            self.segments[segment](width, span, *tensors, self.seen)
         else:
-            self.graphs.call(("stage", stage, *ids.shape), self.stages[stage], (width, span), *tensors)
+            self.graphs.call(("segment", segment, *ids.shape), self.segments[segment], (width, span), *tensors)
 
-    def run_heads(self, stages: tuple[int, ...], weights: tuple[float, ...] | None, alpha: float, lanes, *states):
+    def run_heads(self, heads: tuple[int, ...], weights: tuple[float, ...] | None, alpha: float, lanes, *states):
         """Logits or pool ``[B, W, V]`` at a block's lanes in one pass, see :class:`Heads`."""
-        if stages not in self.heads:
-            self.heads[stages] = Heads(self.config, [self.folded[stage] for stage in stages])
-        heads, fixed = self.heads[stages], (self.width, weights, alpha)
+        if heads not in self.heads:
+            self.heads[heads] = Heads(self.config, [self.folded[segment] for segment in heads])
+        function, fixed = self.heads[heads], (self.width, weights, alpha)
         if self.graphs is None:
-            return heads(*fixed, lanes, *states)
-        return self.graphs.call(("heads", stages, *fixed, *states[0].shape), heads, fixed, lanes, *states)
+            return function(*fixed, lanes, *states)
+        return self.graphs.call(("heads", heads, *fixed, *states[0].shape), function, fixed, lanes, *states)
 
 
 class Engines:
     """The engines of one model, made when first asked for and again when its weights have changed.
 
-    There is one per form of the weights, three at most, whatever modes are asked for: a prefix of the stages is the
+    There is one per form of the weights, three at most, whatever modes are asked for: a prefix of the segments is the
     beginning of the same engine. They hang on the model object and are freed with it; its copies and pickles have none.
     """
 
@@ -296,14 +299,14 @@ class Engines:
             engines.identity = now
         return engines
 
-    def get(self, model, form: str = "dense", stages: int | None = None) -> Engine:
-        """The engine of a form of the weights, with at least the first ``stages`` stages."""
-        stages = model.config.num_stages if stages is None else stages
+    def get(self, model, form: str = "dense", segments: int | None = None) -> Engine:
+        """The engine of a form of the weights, with at least the first ``segments`` segments."""
+        segments = len(model.config.poe_cuts) if segments is None else segments
         engine = self.made.get(form)
-        if engine is None or len(engine.stages) < stages:
+        if engine is None or len(engine.segments) < segments:
             if engine is None:
-                engine = self.made[form] = Engine(model, form, stages, self.width, self.compiled)
-            engine.reach(model, stages)
+                engine = self.made[form] = Engine(model, form, segments, self.width, self.compiled)
+            engine.reach(model, segments)
             weights = plain_weights(model)
             new = [name for name in engine.copied(weights) if name not in self.digests]
             self.digests |= {name: digest(weights[name]) for name in new}

@@ -17,9 +17,9 @@ from .sampling_cognica_poe import FINAL, combine
 from .stages_cognica_poe import StageCache
 
 
-def prompt_cache(model, request: GenerationRequest, stages: int | None = None) -> StageCache:
-    """A cache for the first ``stages`` stages (all when None) with the prompts in it; nothing has been run yet."""
-    return fill_cache(Engines.of(model).get(model, stages=stages), request)
+def prompt_cache(model, request: GenerationRequest, segments: int | None = None) -> StageCache:
+    """A cache for the first ``segments`` segments (all when None) with the prompts in it; nothing has been run yet."""
+    return fill_cache(Engines.of(model).get(model, segments=segments), request)
 
 
 def fill_cache(engine: Engine, request: GenerationRequest) -> StageCache:
@@ -29,45 +29,58 @@ def fill_cache(engine: Engine, request: GenerationRequest) -> StageCache:
 
 
 def decode_pool(
-    model, request: GenerationRequest, stages: Sequence[int], weights: Sequence[float] | None, alpha: float
+    model, request: GenerationRequest, heads: Sequence[int], weights: Sequence[float] | None, alpha: float
 ) -> Transcript:
-    """Every token from the same weighted pool of ``stages``; layers above the deepest of them are never run."""
-    cache, transcript = prompt_cache(model, request, stages=max(stages) + 1), Transcript(request)
+    """Every token from the same weighted pool of the heads behind some segments; deeper layers are never run."""
+    cache, transcript = prompt_cache(model, request, segments=max(heads) + 1), Transcript(request)
     while not transcript.done:
-        decode_token(cache, transcript, stages, weights, alpha)
+        decode_token(cache, transcript, heads, weights, alpha)
     return transcript
 
 
 def decode_all(model, request: GenerationRequest) -> Transcript:
     """Plain cached decoding: the pool of all stages."""
-    return decode_pool(model, request, range(model.config.num_stages), None, model.config.poe_alpha)
+    return decode_pool(model, request, model.config.stage_segments, None, model.config.poe_alpha)
 
 
 def decode_wand(
-    model, request: GenerationRequest, bounds: Sequence[float], safety: float
+    model, request: GenerationRequest, bounds: Sequence[float], safety: float, exit_bounds: Sequence[float] = ()
 ) -> tuple[Transcript, list[list[int]]]:
     """Early exit. The deep layers of a token that left early run when a later token needs them, in one block with it.
 
-    Returns the transcript and, per row, the number of stages that each new token used.
+    Args:
+        model: the causal language model.
+        request: what is wanted.
+        bounds: what each transition between pools may move, ``[K - 1]`` nats.
+        safety: factor on the bounds.
+        exit_bounds: what lies between each exit and the pool of the stages up to the end of its own; none to pass by
+            the exits.
+
+    Returns:
+        the transcript and, per row, the number of stages that each new token used, one that it left at an exit
+        included.
     """
     cache, transcript = prompt_cache(model, request), Transcript(request)
     used: list[list[int]] = [[] for _ in request.lengths]
+    stops = _stops(model.config, bounds, exit_bounds)
     while not transcript.done:
         rows = undecided = transcript.open_rows
         logits: list[torch.Tensor] = []
         depth, chosen = [0] * len(rows), torch.empty(0)
-        for stage in range(model.config.num_stages):
-            cache.advance(stage, stage, undecided)
-            logits.append(cache.logits(stage, cache.last_known())[:, 0])
-            pool = combine(logits, model.config.poe_alpha)
-            # Rows that left earlier keep their pool; what the cache holds for them at this stage is older.
-            stay = torch.tensor(undecided, device=pool.device)
-            chosen = torch.where(stay[:, None], pool, chosen) if stage else pool
+        start = 0
+        for segment, stage, rest, is_exit in stops:
+            cache.advance(start, segment, undecided)
+            head = cache.logits(segment, cache.last_known())[:, 0]
+            logits += [] if is_exit else [head]
+            scores = head.log_softmax(dim=-1) if is_exit else combine(logits, model.config.poe_alpha)
+            # Rows that left earlier keep their scores; what the cache holds for them at this stage is older.
+            stay = torch.tensor(undecided, device=scores.device)
+            chosen = torch.where(stay[:, None], scores, chosen) if start else scores
             depth = [stage + 1 if part else before for part, before in zip(undecided, depth, strict=True)]
-            if stage == model.config.num_stages - 1:
+            if (start := segment + 1) == len(model.config.poe_cuts):
                 break
-            first, second = pool.topk(2, dim=-1).values.unbind(dim=-1)
-            certain = (first - second > safety * sum(bounds[stage:])).tolist()
+            first, second = scores.topk(2, dim=-1).values.unbind(dim=-1)
+            certain = (first - second > safety * rest).tolist()
             undecided = [part and not leaves for part, leaves in zip(undecided, certain, strict=True)]
             if not any(undecided):
                 break
@@ -77,11 +90,23 @@ def decode_wand(
     return transcript, used
 
 
-def decode_token(cache: StageCache, transcript: Transcript, stages: Sequence[int], weights, alpha: float) -> None:
-    """Decode one token per open row from the pool of ``stages``."""
+def _stops(config, bounds: Sequence[float], exit_bounds: Sequence[float]) -> list[tuple[int, int, float, bool]]:
+    """Where a token may leave: the segment, its stage, what the rest may still move, and whether it is an exit."""
+    ends, stops = config.stage_segments, []
+    for stage, end in enumerate(ends):
+        stops.append((end, stage, sum(bounds[stage:]), False))
+    for exit, bound in enumerate(exit_bounds):
+        segment = config.poe_cuts.index(config.poe_exit_layers[exit])
+        stage = sum(end < segment for end in ends)
+        stops.append((segment, stage, sum([bound, *bounds[stage:]]), True))
+    return sorted(stops)
+
+
+def decode_token(cache: StageCache, transcript: Transcript, heads: Sequence[int], weights, alpha: float) -> None:
+    """Decode one token per open row from the pool of the heads behind some segments."""
     rows = transcript.open_rows
-    cache.advance(0, max(stages), rows)
-    _write(cache, transcript, cache.pool(stages, cache.last_known(), 1, weights, alpha)[:, 0], rows)
+    cache.advance(0, max(heads), rows)
+    _write(cache, transcript, cache.pool(heads, cache.last_known(), 1, weights, alpha)[:, 0], rows)
 
 
 def _write(cache: StageCache, transcript: Transcript, logprobs: torch.Tensor, rows: list[bool]) -> None:

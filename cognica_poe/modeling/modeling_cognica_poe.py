@@ -18,16 +18,17 @@ from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .blocks_cognica_poe import Block, LowRankHead, Rotary, Trunk, rmsnorm, rotary_factors, smear, softcap
+from .blocks_cognica_poe import Block, Rotary, Trunk, rmsnorm, rotary_factors, smear
 from .cache_cognica_poe import CognicaKVCache
 from .configuration_cognica_poe import CognicaPoEConfig, check
 from .decoding_cognica_poe import PoEDecodingMixin
 from .documents_cognica_poe import document_places, is_followed
 from .engine_cognica_poe import ENGINES
+from .heads_cognica_poe import Head, LowRankHead, PoEHeadsMixin, factor, make_heads
 from .sampling_cognica_poe import combine
 
 
-class CognicaPoEForCausalLM(PreTrainedModel, PoEDecodingMixin, GenerationMixin):
+class CognicaPoEForCausalLM(PreTrainedModel, PoEHeadsMixin, PoEDecodingMixin, GenerationMixin):
     """The model with its K heads. ``generate()`` samples the pool; the other modes are in ``PoEDecodingMixin``."""
 
     config: CognicaPoEConfig
@@ -49,17 +50,14 @@ class CognicaPoEForCausalLM(PreTrainedModel, PoEDecodingMixin, GenerationMixin):
         )
         self.lm_head = nn.Linear(width, vocab, bias=False)
         stages = config.num_stages if config.per_stage_head else 0
-        self.lm_head_stages = nn.ModuleList(
-            [
-                LowRankHead(config) if config.stage_head_rank else nn.Linear(width, vocab, bias=False)
-                for _ in range(stages)
-            ]
-        )
+        self.lm_head_stages = make_heads(config, stages, config.stage_head_rank)
         self.resid_lambdas = nn.Parameter(torch.empty(layers))
         self.x0_lambdas = nn.Parameter(torch.empty(layers))
         self.smear_gate = nn.Linear(config.smear_channels, 1, bias=False)
         self.smear_lambda = nn.Parameter(torch.empty(1))
         self.backout_lambda = nn.Parameter(torch.empty(1))
+        with torch.random.fork_rng(devices=[]):  # everything else begins as it does without exits
+            self.lm_head_exits = make_heads(config, len(config.poe_exit_layers), config.exit_head_rank)
         self.post_init()
 
     @torch.no_grad()
@@ -71,8 +69,8 @@ class CognicaPoEForCausalLM(PreTrainedModel, PoEDecodingMixin, GenerationMixin):
         config, bound = self.config, math.sqrt(3.0 / self.config.hidden_size)
         init.normal_(self.transformer.wte.weight, mean=0.0, std=0.8)
         init.normal_(self.lm_head.weight, mean=0.0, std=0.001)
-        for stage in range(len(self.lm_head_stages)):
-            init.zeros_(self.stage_factor(stage))
+        for head in (*self.lm_head_stages, *self.lm_head_exits):
+            init.zeros_(factor(cast(Head, head)))
         for embedding in self.value_embeds.parameters():
             init.uniform_(embedding, -bound, bound)
         lambdas = (self.resid_lambdas, config.resid_lambda_init), (self.x0_lambdas, config.x0_lambda_init)
@@ -91,7 +89,7 @@ class CognicaPoEForCausalLM(PreTrainedModel, PoEDecodingMixin, GenerationMixin):
                 init.uniform_(attention.ve_gate.weight, 0.0, 0.02)
             init.uniform_(mlp.c_fc.weight, -0.4 * bound, 0.4 * bound)
             init.zeros_(mlp.c_proj.weight)
-        for head in self.lm_head_stages:  # last: the trunk is the same for every kind of heads
+        for head in (*self.lm_head_stages, *self.lm_head_exits):  # last: the trunk is the same for every kind of heads
             if isinstance(head, LowRankHead):
                 init.uniform_(head.down.weight, -bound, bound)
 
@@ -147,32 +145,6 @@ class CognicaPoEForCausalLM(PreTrainedModel, PoEDecodingMixin, GenerationMixin):
             lambdas, mask = (self.resid_lambdas[i], self.x0_lambdas[i]), masks[self.config.layer_types[i]]
             x = self.transformer.h[i](x, x0, *lambdas, rotary, mask, embedded, cache)
         return x
-
-    def stage_weight(self, stage: int) -> torch.Tensor:
-        """A stage's own head ``[V, D]``, which adds to the shared one."""
-        return cast(nn.Linear | LowRankHead, self.lm_head_stages[stage]).weight
-
-    def stage_factor(self, stage: int) -> torch.Tensor:
-        """The parameter that a stage's own head scales with: its matrix, or the upper one of two."""
-        head = cast(nn.Linear | LowRankHead, self.lm_head_stages[stage])
-        return head.up.weight if isinstance(head, LowRankHead) else head.weight
-
-    def head_weight(self, stage: int) -> torch.Tensor:
-        """Folded head ``lm_head + lm_head_stages[stage]``, ``[V, D]``: one product instead of two."""
-        weight = self.lm_head.weight
-        return weight + self.stage_weight(stage) if self.config.per_stage_head else weight
-
-    def stage_head(self, x: torch.Tensor, stage: int) -> torch.Tensor:
-        """Capped logits ``[..., V]`` of one stage from its boundary state ``x`` ``[..., D]``: sum first, then cap."""
-        n = rmsnorm(x, self.config.rms_norm_eps)
-        z = self.lm_head(n)
-        z = z + self.lm_head_stages[stage](n) if self.config.per_stage_head else z
-        return softcap(z, self.config.logit_softcap)
-
-    def plain_head(self, x: torch.Tensor, middle: torch.Tensor) -> torch.Tensor:
-        """Capped logits of the plain path: last layer minus the backout of layer L//2, shared head only."""
-        x = x - self.backout_lambda * middle
-        return softcap(self.lm_head(rmsnorm(x, self.config.rms_norm_eps)), self.config.logit_softcap)
 
     def boundary_states(
         self, ids: torch.Tensor, attention_mask=None, position_ids=None, cache=None, max_stages=None, places=None
@@ -306,6 +278,14 @@ class CognicaPoEForCausalLM(PreTrainedModel, PoEDecodingMixin, GenerationMixin):
         """Capped fp32 logits ``[B, T, V]`` of one stage's own head; layers above the stage are not run."""
         self.check_stages([stage])
         return self.stage_head(self.boundary_states(ids, max_stages=stage + 1)[0][-1], stage)
+
+    def forward_exit(self, ids: torch.Tensor, layer: int) -> torch.Tensor:
+        """Capped fp32 logits ``[B, T, V]`` of the exit behind ``layer`` layers; those above are not run."""
+        number = self.find_exit(layer)
+        self.check_ids(ids)
+        x0, positions = self.embed(ids), torch.arange(ids.shape[1], device=ids.device)[None]
+        x = self.run_layers(range(layer), x0, x0, ids, self.rotary(positions), self.masks(x0))
+        return self.exit_head(x, number)
 
     def forward_aggregated(self, ids: torch.Tensor, max_stages: int | None = None) -> torch.Tensor:
         """Log-probabilities ``[B, T, V]`` fp32 of the pool of the first ``max_stages`` stages."""

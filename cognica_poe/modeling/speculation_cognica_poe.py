@@ -77,7 +77,7 @@ def verify(transcript: Transcript, pool: torch.Tensor, drafts: Drafts) -> tuple[
 def decode_speculative(
     model,
     request: GenerationRequest,
-    draft_stage: int,
+    draft_segment: int,
     k_draft: int,
     drafter: str = "stage",
     confidence: float = 0.0,
@@ -88,7 +88,7 @@ def decode_speculative(
     Args:
         model: the causal language model.
         request: what is wanted.
-        draft_stage: deepest stage that drafts.
+        draft_segment: deepest segment that drafts, with the head behind it: that of a stage or of an exit.
         k_draft: drafts per round at most.
         drafter: name of a drafter, see :func:`make_drafter`, or ``auto``, see :func:`choose_drafter`.
         confidence: a row stops drafting with the first token whose draft probability is below this.
@@ -96,25 +96,25 @@ def decode_speculative(
     """
     counts = DraftCounts()
     if drafter == "auto":
-        chosen, k_draft = choose_drafter(model, request, draft_stage, verifier)
+        chosen, k_draft = choose_drafter(model, request, draft_segment, verifier)
         if chosen is None:
             return decode_all(model, request), counts
         drafter = chosen
     cache, transcript = prompt_cache(model, request), Transcript(request)
-    stages, alpha = range(model.config.num_stages), model.config.poe_alpha
-    proposer = make_drafter(drafter, model, cache, transcript, draft_stage, confidence)
+    heads, alpha = model.config.stage_segments, model.config.poe_alpha
+    proposer = make_drafter(drafter, model, cache, transcript, draft_segment, confidence)
     extra = int(proposer.adds_token)
-    decode_token(cache, transcript, stages, None, alpha)  # the token behind the prompt, as in plain decoding
+    decode_token(cache, transcript, heads, None, alpha)  # the token behind the prompt, as in plain decoding
     proposer.follow()
     while not transcript.done:
         # The cache knows the answer so far; in open rows its last token has passed no stage.
         rows, known, last = transcript.open_rows, cache.known, cache.last_known()
         # No more is asked for than the row may still receive, with room for the pool's own token.
         drafts = proposer.draft([min(k_draft, max(transcript.remaining(row) - extra, 0)) for row in range(len(rows))])
-        # It also knows the drafts, which the drafting stages have passed up to the last. Without ``extra`` that one
-        # waits for the next round, and only the deeper stages have work left.
-        cache.advance(0 if extra else draft_stage + 1, stages[-1], rows)
-        pool = cache.pool(stages, last, drafts.tokens.shape[1] + extra, None, alpha)
+        # It also knows the drafts, which the drafting segments have passed up to the last. Without ``extra`` that one
+        # waits for the next round, and only the deeper segments have work left.
+        cache.advance(0 if extra else draft_segment + 1, heads[-1], rows)
+        pool = cache.pool(heads, last, drafts.tokens.shape[1] + extra, None, alpha)
         kept, behind = verifier(transcript, pool if extra else torch.cat((pool, pool[:, -1:]), dim=1), drafts)
         numbers, grows = _write(transcript, kept, behind, drafts, not extra, counts)
         # Rejected drafts are forgotten, and the pool's own tokens made known where the row goes on: as at the start.
@@ -125,7 +125,7 @@ def decode_speculative(
 
 
 def choose_drafter(
-    model, request: GenerationRequest, draft_stage: int, verifier: Verifier = verify
+    model, request: GenerationRequest, draft_segment: int, verifier: Verifier = verify
 ) -> tuple[str | None, int]:
     """The fastest of no drafter and ``CANDIDATES`` for this model, batch size, kind of choice and rule of acceptance.
 
@@ -136,7 +136,7 @@ def choose_drafter(
         drafter (None: decode plainly) and draft length.
     """
     measured = Engines.of(model).measured
-    key = (len(request.lengths), request.choice.do_sample, draft_stage, verifier)
+    key = (len(request.lengths), request.choice.do_sample, draft_segment, verifier)
     if key not in measured:
         # Nobody is told of a trial's text, and the time that it takes ends no row of it.
         trial = dataclasses.replace(
@@ -155,7 +155,7 @@ def choose_drafter(
                 if name is None:
                     decode_all(model, trial)
                 else:
-                    decode_speculative(model, trial, draft_stage, k, name, verifier=verifier)
+                    decode_speculative(model, trial, draft_segment, k, name, verifier=verifier)
                 seconds[name, k] = min(seconds[name, k], time.perf_counter() - began)
         best = min(seconds, key=seconds.__getitem__)
         measured[key] = best if seconds[best] < 0.95 * seconds[None, 0] else (None, 0)

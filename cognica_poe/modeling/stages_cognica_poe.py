@@ -1,18 +1,20 @@
-"""Advance a block of pending tokens from one stage to another: the one primitive of all generation modes.
+"""Advance a block of pending tokens from one segment to another: the one primitive of all generation modes.
 
-A row's tokens fill slots 0, 1, 2 ... of the buffers, its padding left out. Every stage has its own length per row, and
-no stage is ahead of the one before it::
+A segment is the layers up to the next head: a stage, or a part of one where it has exits. A row's tokens fill slots
+0, 1, 2 ... of the buffers, its padding left out. Every segment has its own length per row, and none is ahead of the one
+before it::
 
     slot             0    1    2    3    4    5    6  ...  spare
     ids              a    b    c    d    e    f    .          known      6
-    stage 0          x    x    x    x    x    .    .          lengths[0] 5    f is pending
-    stage 1          x    x    .    .    .    .    .          lengths[1] 2    c d e are owed, their states are kept
+    segment 0        x    x    x    x    x    .    .          lengths[0] 5    f is pending
+    segment 1         x    x    .    .    .    .    .          lengths[1] 2    c d e are owed, their states are kept
 
-Running stage 1 takes the states c d e out of the buffer behind stage 0 and computes their keys and values in one block:
-no token passes a layer twice, and none is ever missing one. Forgetting tokens is a matter of lengths. Rows of unequal
-length need no padding: a query sees the slots up to its own, and lanes that a row does not use write to the spare slot.
+Running segment 1 takes the states c d e out of the buffer behind segment 0 and computes their keys and values in one
+block: no token passes a layer twice, and none is ever missing one. Forgetting tokens is a matter of lengths. Rows of
+unequal length need no padding: a query sees the slots up to its own, and lanes that a row does not use write to the
+spare slot.
 
-The first block of a stage, the prompt, runs at its own width. Every later one runs in pieces of exactly
+The first block of a segment, the prompt, runs at its own width. Every later one runs in pieces of exactly
 ``engine.width`` lanes over whole buffers, be it one new token, a block of drafts or tokens that were owed: a kernel of
 fixed shape gives a token the same result wherever it stands, so that verifying rounds as decoding token by token does.
 """
@@ -28,9 +30,9 @@ from .engine_cognica_poe import Engine, find_lanes
 
 
 class StageCache:
-    """Keys, values and boundary states of one batch, with a length per stage and row.
+    """Keys, values and boundary states of one batch, with a length per segment and row.
 
-    ``states[k]`` holds the residual stream behind stage k. Buffers appear when a stage is first run.
+    ``states[k]`` holds the residual stream behind segment k. Buffers appear when a segment is first run.
 
     Args:
         engine: the arranged model; its ``width`` is that of every decode step.
@@ -41,7 +43,7 @@ class StageCache:
     def __init__(self, engine: Engine, prompts: list[torch.Tensor], capacity: int):
         self.engine, self.config = engine, engine.config
         self.known = [len(prompt) for prompt in prompts]
-        self.lengths = [[0] * len(prompts) for _ in engine.stages]
+        self.lengths = [[0] * len(prompts) for _ in engine.segments]
         self.slots = slot_count(capacity + 1)  # the last one is the spare
         self.ids = prompts[0].new_zeros(len(prompts), self.slots)
         for row, prompt in enumerate(prompts):
@@ -53,7 +55,7 @@ class StageCache:
         self.values: list[list[torch.Tensor]] = []
 
     def append(self, tokens: torch.Tensor, counts: Sequence[int]) -> None:
-        """Make the first ``counts[r]`` of ``tokens`` ``[B, n]`` known in row r; they are then pending at stage 0."""
+        """Make the first ``counts[r]`` of ``tokens`` ``[B, n]`` known in row r; they are then pending at segment 0."""
         if len(counts) == 1:  # a slice costs a tenth of an index
             start, count = self.known[0], int(counts[0])
             self.ids[0, start : start + count] = tokens[0, :count]
@@ -64,7 +66,7 @@ class StageCache:
         self.known = [known + count for known, count in zip(self.known, counts, strict=True)]
 
     def truncate(self, known: list[int]) -> None:
-        """Forget every row's tokens from ``known[r]`` on, in all stages."""
+        """Forget every row's tokens from ``known[r]`` on, in all segments."""
         self.known = [min(pair) for pair in zip(self.known, known, strict=True)]
         self.lengths = [[min(pair) for pair in zip(row, self.known, strict=True)] for row in self.lengths]
 
@@ -73,12 +75,12 @@ class StageCache:
         return [known - 1 for known in self.known]
 
     def advance(self, first: int, last: int, rows: list[bool]) -> None:
-        """Run stages ``first`` to ``last`` on everything that is pending there, in the rows that take part.
+        """Run segments ``first`` to ``last`` on everything that is pending there, in the rows that take part.
 
-        Whatever stage ``first`` computes is pending at the next one, together with what was owed there before.
+        Whatever segment ``first`` computes is pending at the next one, together with what was owed there before.
         """
-        for stage in range(first, last + 1):
-            starts, ends = self.lengths[stage], self.lengths[stage - 1] if stage else self.known
+        for segment in range(first, last + 1):
+            starts, ends = self.lengths[segment], self.lengths[segment - 1] if segment else self.known
             counts = [(end - start) * part for start, end, part in zip(starts, ends, rows, strict=True)]
             if not any(counts):
                 continue
@@ -86,47 +88,50 @@ class StageCache:
             width = max(counts) if wide else self.engine.width
             for done in range(0, max(counts), width):
                 now = [min(max(count - done, 0), width) for count in counts]
-                self._run(stage, [start + done for start in starts], now, width, wide)
-            self.lengths[stage] = [start + count for start, count in zip(starts, counts, strict=True)]
+                self._run(segment, [start + done for start in starts], now, width, wide)
+            self.lengths[segment] = [start + count for start, count in zip(starts, counts, strict=True)]
 
-    def _run(self, stage: int, starts: list[int], counts: list[int], width: int, wide: bool) -> None:
-        if stage == len(self.states):  # the first run of a stage comes behind that of the one before
-            self._allocate(stage)
-        behind = self.states[stage - 1] if stage else None
+    def _run(self, segment: int, starts: list[int], counts: list[int], width: int, wide: bool) -> None:
+        if segment == len(self.states):  # the first run of a segment comes behind that of the one before
+            self._allocate(segment)
+        behind = self.states[segment - 1] if segment else None
         span = max(start + count for start, count in zip(starts, counts, strict=True)) if wide else self.slots
-        buffers = (self.ids, behind, self.states[stage], self.keys[stage], self.values[stage])
-        self.engine.run_stage(stage, width, span, self._place(starts, counts), *buffers)
+        buffers = (self.ids, behind, self.states[segment], self.keys[segment], self.values[segment])
+        self.engine.run_segment(segment, width, span, self._place(starts, counts), *buffers)
 
-    def _allocate(self, stage: int) -> None:
+    def _allocate(self, segment: int) -> None:
         config, space = self.config, (len(self.known), self.slots)
         states = torch.zeros(*space, config.hidden_size, dtype=self.engine.dtype, device=self.ids.device)
         shape, dtype = (*space, config.num_key_value_heads, config.head_dim), attention_dtype(config, states.dtype)
         for buffers in (self.keys, self.values):
-            buffers.append([states.new_zeros(shape, dtype=dtype) for _ in config.stage_layers(stage)])
+            buffers.append([states.new_zeros(shape, dtype=dtype) for _ in config.segment_layers(segment)])
         self.states.append(states)
 
     def _place(self, starts: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
-        """Where the lanes of a block stand, ``[2, B]`` on the device; kept, for stages and heads of a step agree."""
+        """Where the lanes of a block stand, ``[2, B]`` on the device; kept, for segments and heads of a step agree."""
         key = (tuple(starts), tuple(counts))
         if key != self._lanes_of:
             values = [starts, [int(count) for count in counts]]
             self._lanes_of, self._lanes = key, torch.tensor(values, device=self.ids.device)
         return self._lanes
 
-    def logits(self, stage: int, starts: list[int], count: int = 1) -> torch.Tensor:
-        """Capped logits ``[B, count, V]`` of one stage for the tokens from slot ``starts[r]`` on."""
-        return self._heads((stage,), starts, count, None, 0.0)
+    def logits(self, segment: int, starts: list[int], count: int = 1) -> torch.Tensor:
+        """Capped logits ``[B, count, V]`` of the head behind a segment for the tokens from slot ``starts[r]`` on."""
+        return self._heads((segment,), starts, count, None, 0.0)
 
-    def pool(self, stages: Sequence[int], starts: list[int], count: int, weights, alpha: float) -> torch.Tensor:
-        """Log-probabilities ``[B, count, V]`` of the pool of ``stages`` for the tokens from slot ``starts[r]`` on."""
-        weights = tuple(weights or [1.0 / len(stages)] * len(stages))
-        return self._heads(tuple(stages), starts, count, weights, alpha)
+    def pool(self, heads: Sequence[int], starts: list[int], count: int, weights, alpha: float) -> torch.Tensor:
+        """Log-probabilities ``[B, count, V]`` of a pool for the tokens from slot ``starts[r]`` on.
 
-    def _heads(self, stages: tuple[int, ...], starts: list[int], count: int, weights, alpha: float) -> torch.Tensor:
-        states, width, pieces = [self.states[stage] for stage in stages], self.engine.width, []
+        ``heads`` are those of its experts, by the segment that each stands behind.
+        """
+        weights = tuple(weights or [1.0 / len(heads)] * len(heads))
+        return self._heads(tuple(heads), starts, count, weights, alpha)
+
+    def _heads(self, heads: tuple[int, ...], starts: list[int], count: int, weights, alpha: float) -> torch.Tensor:
+        states, width, pieces = [self.states[segment] for segment in heads], self.engine.width, []
         for done in range(0, count, width):
             lanes = self._place([start + done for start in starts], [min(count - done, width)] * len(starts))
-            pieces.append(self.engine.run_heads(stages, weights, alpha, lanes, *states))
+            pieces.append(self.engine.run_heads(heads, weights, alpha, lanes, *states))
         return torch.cat(pieces, dim=1)[:, :count] if len(pieces) > 1 else pieces[0][:, :count]
 
 

@@ -14,7 +14,8 @@ import zlib
 import torch
 from torch import nn
 
-from .blocks_cognica_poe import MLP, Attention, Block, LowRankHead, Trunk
+from .blocks_cognica_poe import MLP, Attention, Block, Trunk
+from .heads_cognica_poe import LowRankHead
 
 PLAIN = (nn.Linear, nn.Embedding, nn.ModuleDict, nn.ModuleList, Trunk, Block, Attention, MLP, LowRankHead)
 """Types of the modules whose results the engine computes from their weights; subclasses compute something else."""
@@ -30,7 +31,7 @@ def plain_weights(model) -> dict[str, torch.Tensor]:
             hook or a bias, or its weight is no plain matrix; weights are on several devices or of several dtypes.
     """
     weights = {name: getattr(model, name) for name in ("resid_lambdas", "x0_lambdas", "smear_lambda")}
-    for root in ("lm_head", "lm_head_stages", "transformer", "value_embeds", "smear_gate"):
+    for root in ("lm_head", "lm_head_stages", "lm_head_exits", "transformer", "value_embeds", "smear_gate"):
         for name, module in getattr(model, root).named_modules(prefix=root):
             _refuse(name, _module_fault(module))
             if isinstance(module, nn.Linear | nn.Embedding):
@@ -43,15 +44,18 @@ def plain_weights(model) -> dict[str, torch.Tensor]:
     return weights
 
 
-def stage_of(name: str, config) -> int:
-    """The first stage that needs a weight of :func:`plain_weights`."""
-    found = re.match(r"(transformer\.h|value_embeds|lm_head_stages)\.(\d+)\.", name)
+def segment_of(name: str, config) -> int:
+    """The first segment of layers that needs a weight of :func:`plain_weights`, be it for the head behind it."""
+    found = re.match(r"(transformer\.h|value_embeds|lm_head_stages|lm_head_exits)\.(\d+)\.", name)
     if found is None:
         return 0
     number = int(found[2])
     if found[1] == "lm_head_stages":
-        return number
-    return next(stage for stage in range(config.num_stages) if number in config.stage_layers(stage))
+        return config.stage_segments[number]
+    cuts = config.poe_cuts
+    if found[1] == "lm_head_exits":
+        return cuts.index(config.poe_exit_layers[number])
+    return next(segment for segment, end in enumerate(cuts) if number < end)
 
 
 def identity(weights: dict[str, torch.Tensor]) -> list[tuple]:

@@ -88,7 +88,9 @@ class Costs:
         """Bytes of the activations and scratch of a micro-batch of ``rows`` rows, by part."""
         config, layers, c = self.config, self.live_layers(), dtype_bytes
         D, V, R = config.hidden_size, config.vocab_size, rows * config.max_position_embeddings
-        heads = config.num_stages if self.connected else 1
+        K = config.num_stages
+        exits = len(config.poe_exit_layers)
+        heads = K + exits if self.connected else 1 + max(len(config.exits_of(stage)) for stage in range(K))
         chunk = chunk_rows(R, V, torch.device(device))
         block = block_rows(chunk, V, torch.device(device))
         per_layer = [self.layer_bytes(layer, c) for layer in layers]
@@ -110,16 +112,17 @@ class Costs:
             Figure(
                 "folded head and its gradient",
                 heads * (V * D * (4 + c) + R * D * c),
-                "V D (4 + c) + c R D" + (" per stage" if heads > 1 else ""),
+                "V D (4 + c) + c R D" + ((" per head" if exits else " per stage") if heads > 1 else ""),
             ),
         ]
 
     # ---- work -----------------------------------------------------------------------------------------------------
 
     def product_flops_per_token(self) -> int:
-        """Forward and backward of every product with a weight: 6 per weight."""
+        """Forward and backward of every product with a weight: 6 per weight, 4 of an exit, which sends nothing back."""
         heads = 1 if self.config.poe_mode == "none" else self.config.num_stages
-        return 6 * (self.muon_parameters + heads * self.config.vocab_size * self.config.hidden_size)
+        matrix = self.config.vocab_size * self.config.hidden_size
+        return 6 * (self.muon_parameters + heads * matrix) + 4 * len(self.config.poe_exit_layers) * matrix
 
     def flops_per_token(self) -> int:
         """Products, and attention over each layer's whole window, causality not discounted (the usual convention)."""
@@ -129,8 +132,8 @@ class Costs:
 
     def recomputed_flops_per_token(self) -> int:
         """The trunk's second forward where activations are not kept; no part of ``flops_per_token``."""
-        heads = 1 if self.config.poe_mode == "none" else self.config.num_stages
-        trunk = self.flops_per_token() - 6 * heads * self.config.vocab_size * self.config.hidden_size
+        in_heads = self.product_flops_per_token() - 6 * self.muon_parameters
+        trunk = self.flops_per_token() - in_heads
         again = {"off": 0, "layers": self.config.num_hidden_layers}
         again["stages"] = self.config.num_hidden_layers - self.config.poe_stage_layers[-1]
         return trunk * again[self.recipe.training.recompute] // (3 * self.config.num_hidden_layers)

@@ -14,6 +14,7 @@ GROUPS = (
     ("wte", "transformer.wte"),
     ("value_embeds", "value_embeds."),
     ("lm_head_stages", "lm_head_stages."),
+    ("lm_head_exits", "lm_head_exits."),
     ("lm_head", "lm_head."),
     ("scalars", ""),
 )
@@ -28,4 +29,6 @@ def count_parameters(recipe: Recipe) -> dict[str, Any]:
     for name, parameter in model.named_parameters():
         group = next(group for group, prefix in GROUPS if name.startswith(prefix))
         groups["ve_gates" if ".ve_gate." in name else group] += parameter.numel()
+    if not recipe.model.poe_exit_layers:
+        del groups["lm_head_exits"]
     return {"total": sum(groups.values()), "groups": groups}

@@ -56,6 +56,7 @@ def setting(
     high: float | None = None,
     above: bool = False,
     resume: bool = False,
+    later: bool = False,
 ) -> Any:
     """A field with its rules.
 
@@ -63,8 +64,10 @@ def setting(
         default: its value where a recipe says nothing; a field without one must be given.
         low, high, above: the :class:`Range` of a number. Fields without :func:`setting` start at 0.
         resume: a resumed run may have another value.
+        later: the field came when there were runs already: at its default it is no part of what tells runs apart.
     """
-    return dataclasses.field(default=default, metadata={"range": Range(low, high, above), "resume": resume})
+    rules = {"range": Range(low, high, above), "resume": resume, "absent": default if later else dataclasses.MISSING}
+    return dataclasses.field(default=default, metadata=rules)
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,11 @@ class ModelRecipe:
     """Every stage has a head of its own beside the shared one."""
     stage_head_rank: int = 0
     """Rank of the stages' own heads: the shared matrix plus two thin ones; 0: full matrices."""
+    poe_exit_layers: tuple[int, ...] = setting((), low=1, high=1023, later=True)
+    """Exits inside stages, by the layers before each: heads that draft and answer alone, no experts of the pool. What
+    they learn reaches their heads alone; everything else is trained as without them."""
+    exit_head_rank: int = setting(0, later=True)
+    """Rank of the exits' own heads: the shared matrix plus two thin ones; 0: full matrices."""
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,8 @@ class Setting:
     range: Range
     resume: bool
     """A resumed run may change it."""
+    absent: Any
+    """Value of a field that came later, which runs from before it have; ``MISSING`` for all others."""
 
 
 def settings(part: Any, prefix: str = "") -> Iterator[Setting]:
@@ -37,7 +39,7 @@ def settings(part: Any, prefix: str = "") -> Iterator[Setting]:
         if dataclasses.is_dataclass(value):
             yield from settings(value, f"{option}.")
         else:
-            rules = {"range": Range(), "resume": False, **field.metadata}
+            rules = {"range": Range(), "resume": False, "absent": dataclasses.MISSING, **field.metadata}
             yield Setting(option, value, **rules)
 
 

@@ -38,7 +38,8 @@ def load_run_recipe(path: Path) -> Recipe:
 
 def fixed_sha256(recipe: Recipe) -> str:
     """Hex sha256 of the settings that a resumed run may not change: the identity of what is trained, and on what."""
-    return content_sha256({setting.option: setting.value for setting in settings(recipe) if not setting.resume})
+    fixed = [setting for setting in settings(recipe) if not (setting.resume or setting.value == setting.absent)]
+    return content_sha256({setting.option: setting.value for setting in fixed})
 
 
 def recipe_from_dict(values: Any, where: str) -> Recipe:

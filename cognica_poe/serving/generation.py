@@ -70,12 +70,15 @@ def _run(model: Any, ids: torch.Tensor, options: GenerationOptions, common: dict
             return model.generate_prefix(ids, max_stages=1 if options.stages is None else options.stages, **common), {}
         case "stage":
             return model.generate_stage(ids, options.stage or 0, **common), {}
+        case "exit":
+            return model.generate_exit(ids, options.layer, **common), {}
         case "wand":
             safety = 1.0 if options.safety is None else options.safety
             out, used = model.generate_wand(ids, safety=safety, return_stages_used=True, **common)
             return out, {"mean_stages_used": used[used > 0].double().mean().item()}
         case "speculative":
             drafting: dict[str, Any] = {"draft_stage": options.stage or 0, "drafter": options.drafter or "stage"}
+            drafting["draft_layer"] = options.layer
             drafting["k_draft"] = 4 if options.k_draft is None else options.k_draft
             out, facts = model.generate_speculative(ids, return_acceptance=True, **drafting, **common)
             return out, {name: facts[name] for name in ("acceptance", "proposed", "accepted")}

@@ -8,15 +8,16 @@ from typing import Literal
 from cognica_poe.errors import UserError
 from cognica_poe.recipe.fields import LONGEST_CONTEXT, setting
 
-Mode = Literal["full", "prefix", "stage", "wand", "speculative", "parallel"]
+Mode = Literal["full", "prefix", "stage", "exit", "wand", "speculative", "parallel"]
 Drafter = Literal["stage", "int8", "int4", "lookup", "auto"]
 
 READS: dict[str, tuple[str, ...]] = {
     "full": (),
     "prefix": ("stages",),
     "stage": ("stage",),
+    "exit": ("layer",),
     "wand": ("safety",),
-    "speculative": ("stage", "k_draft", "drafter"),
+    "speculative": ("stage", "layer", "k_draft", "drafter"),
     "parallel": ("stage_list",),
 }
 """Options that a mode reads beside those that all read; the options of other modes are refused."""
@@ -27,14 +28,17 @@ class GenerationOptions:
     """How to generate; what is None is not given."""
 
     mode: Mode = "full"
-    """full: pool of all stages; prefix: pool of the first --stages; stage: one head alone; wand: exit early where the
-    top token cannot change; speculative: stage --stage drafts, the pool verifies; parallel: pool of chosen stages."""
+    """full: pool of all stages; prefix: pool of the first --stages; stage, exit: one head alone; wand: exit early where
+    the top token cannot change; speculative: stage --stage drafts, the pool verifies; parallel: pool of chosen stages.
+    """
     max_new_tokens: int = setting(64, low=1, high=LONGEST_CONTEXT)
     """Tokens to generate."""
     stages: int | None = setting(None, low=1, high=1024)
     """prefix: how many stages; 1 when omitted."""
     stage: int | None = setting(None, high=1023)
     """stage, speculative: which stage speaks or drafts, counted from 0; the first when omitted."""
+    layer: int | None = setting(None, low=1, high=1023)
+    """exit, speculative: the exit behind this many layers answers, or drafts instead of a stage."""
     stage_list: tuple[int, ...] | None = setting(None, high=1023)
     """parallel: the stages to compose; the first alone when omitted."""
     safety: float | None = setting(None, high=1_000_000)
@@ -68,12 +72,14 @@ class GenerationOptions:
 class ServerOptions:
     """Where to listen, and how the served model answers."""
 
-    mode: Literal["full", "prefix", "stage", "wand", "speculative"] | None = None
+    mode: Literal["full", "prefix", "stage", "exit", "wand", "speculative"] | None = None
     """Mode that answers; what the release's generation config says when omitted."""
     stages: int | None = setting(None, low=1, high=1024)
     """For mode prefix: how many stages; 1 when omitted."""
     stage: int | None = setting(None, high=1023)
     """For modes stage and speculative: which stage speaks or drafts, counted from 0; the first when omitted."""
+    layer: int | None = setting(None, low=1, high=1023)
+    """For modes exit and speculative: the exit behind this many layers answers, or drafts instead of a stage."""
     drafter: Drafter | None = None
     """For mode speculative: who drafts; what measures best when omitted."""
     k_draft: int | None = setting(None, low=1, high=1024)
@@ -93,12 +99,20 @@ class ServerOptions:
 
 
 def require_read(command: str, mode: str | None, options: object) -> None:
-    """Raise UserError for the first option of another mode that is given; no mode is that of the release."""
+    """Raise UserError for the first option of another mode that is given, and for a missing or a second place to exit.
+
+    No mode is that of the release.
+    """
     for name in sorted({name for names in READS.values() for name in names}):
         if getattr(options, name, None) is not None and name not in READS.get(mode or "", ()):
             readers = " or ".join(f"--mode {other}" for other, names in READS.items() if name in names)
             where = f"with --mode {mode}" if mode else "without --mode"
             raise UserError(f"{command}: {_flag(name)} does nothing {where}: leave it out, or give {readers}")
+    stage, layer = (getattr(options, name) for name in ("stage", "layer"))
+    if mode == "exit" and layer is None:
+        raise UserError(f"{command}: --mode exit needs --layer, the number of layers before the exit")
+    if mode == "speculative" and stage is not None and layer is not None:
+        raise UserError(f"{command}: --stage and --layer both say who drafts: give one of them")
 
 
 def _flag(name: str) -> str:

@@ -57,8 +57,9 @@ def generation_defaults(options: ServerOptions) -> dict[str, Any]:
     known: dict[str, dict[str, Any]] = {
         "prefix": {"max_stages": 1 if options.stages is None else options.stages},
         "stage": {"stage": options.stage or 0},
+        "exit": {"layer": options.layer},
         "speculative": {
-            "draft_stage": options.stage or 0,
+            **({"draft_stage": options.stage or 0} if options.layer is None else {"draft_layer": options.layer}),
             "drafter": options.drafter or "auto",
             "k_draft": 7 if options.k_draft is None else options.k_draft,
         },

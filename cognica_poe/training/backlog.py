@@ -25,7 +25,8 @@ class LaunchedStep:
     began: float
     """Seconds of ``time.perf_counter``."""
     losses: torch.Tensor
-    """Mean cross-entropy over all ranks of every stage, ``[K]``; complete once the observation has been read."""
+    """Mean cross-entropy over all ranks of every stage, then of every exit, ``[K + E]``; complete once the observation
+    has been read."""
     observation: LateObservation
 
 
@@ -51,6 +52,7 @@ class Backlog:
     ):
         self.policy, self.metrics, self.events, self.log, self.progress = policy, metrics, events, log, progress
         self.schedule = Schedule(recipe.training.schedule, recipe.training.steps)
+        self.exits = len(recipe.model.poe_exit_layers)
         self.step_tokens = recipe.training.batch_rows * recipe.model.max_position_embeddings
         self._steps: list[LaunchedStep] = []
         self._last_read = 0.0
@@ -82,11 +84,13 @@ class Backlog:
         return None
 
     def _record(self, launched: LaunchedStep, gradient_norm: float) -> None:
-        now, values = time.perf_counter(), launched.losses.tolist()
+        now, losses = time.perf_counter(), launched.losses.tolist()
+        values, of_exits = losses[: len(losses) - self.exits], losses[len(losses) - self.exits :]
         metrics = {
             "step": launched.step + 1,
             "loss": sum(values) / len(values),
             "loss_stages": values,
+            **({"loss_exits": of_exits} if of_exits else {}),
             "gradient_norm": gradient_norm,
             "lr_scale": self.schedule.lr_scale(launched.step),
             "tokens": self.step_tokens * (launched.step + 1),

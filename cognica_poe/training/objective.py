@@ -2,7 +2,8 @@
 
 One family: at the end of stage k the trunk receives ``gamma_k`` times the gradient of the stage's own cross-entropy and
 ``beta`` times what comes back from the deeper stages. The heads always receive the whole gradient of their loss, x0 is
-never detached, and the value is ``sum_k CE_k / K^(1-alpha)``.
+never detached, and the value is ``sum_k CE_k / K^(1-alpha)``. Exits inside stages add their own cross-entropies, each
+from detached states and through a head whose shared part is detached: what they send reaches their own heads alone.
 
 ================  ==============================  ==================================================================
 ``poe_mode``      ``beta``, ``gamma`` preset      what it is
@@ -19,7 +20,8 @@ graph, of which ``recompute`` keeps only the states between layers or stages.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,6 +35,9 @@ from cognica_poe.training.cross_entropy import softcap_cross_entropy
 
 Masks = dict[str, Any]
 """Attention mask by layer type, in the form that the attention implementation wants."""
+
+States = dict[int, torch.Tensor]
+"""Detached states ``[B, T, D]`` by exit."""
 
 TRAINABLE_MODES = ("flat", "hier", "none")
 
@@ -67,6 +72,8 @@ class Objective:
         self.exit_weights = self.options.exit_weights or (1.0,) * K
         self.gradient_flow = self.options.flow(self.mode, 0.0)
         """beta of the step under way."""
+        self.paths = 1 if self.mode == "none" else K
+        """How many of the losses that ``backward`` returns are those of stages; those of exits come behind them."""
         self._context: tuple[tuple[torch.Size, torch.device], Rotary, Masks] | None = None
 
     @property
@@ -88,7 +95,8 @@ class Objective:
             scale: 1 / number of micro-batches under accumulation.
 
         Returns:
-            The detached mean cross-entropy in nats of every stage, ``[K]`` (``[1]`` for ``none``).
+            The detached mean cross-entropy in nats of every stage (``none``: of its one path), then of every exit,
+            ``[K + E]`` (``[1 + E]``).
         """
         device_type = inputs.device.type
         autocast = torch.autocast(device_type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16)
@@ -96,13 +104,14 @@ class Objective:
             return self._local(inputs, targets.reshape(-1), scale, autocast)
         with autocast:
             if self.mode == "none":
-                total = self._plain_loss(inputs, targets.reshape(-1))
-                losses = total[None]
+                loss, exits = self._plain_loss(inputs, targets.reshape(-1))
+                losses, factor = loss[None], 1.0
             else:
-                losses = self._connected_losses(inputs, targets.reshape(-1))
-                total = losses.sum() * self.stage_scale
+                losses, exits = self._connected_losses(inputs, targets.reshape(-1))
+                factor = self.stage_scale
+            total = sum(exits, losses.sum()) * factor
         torch.autograd.backward(total * scale)
-        return losses.detach()
+        return torch.stack([*losses, *exits]).detach()
 
     def shared(self) -> dict[str, nn.Parameter]:
         """Parameters that every rank of a run must hold alike, by name: here all of them."""
@@ -116,11 +125,14 @@ class Objective:
         """
         config, names = self.config, [name for name, _ in self.model.named_parameters()]
         shared = config.num_stages if self.stage_by_stage else 1
-        sections: list[dict[str, int]] = []
+        count = len(config.poe_exit_layers)
+        exits = [{n: 1 for n in names if n.startswith(f"lm_head_exits.{exit}.")} for exit in range(count)]
+        sections: list[dict[str, int]] = [*reversed(exits)] if self.mode == "none" else []
         stages = range(config.num_stages) if self.stage_by_stage else reversed(range(config.num_stages))
         for stage in stages:
             heads = 0 if self.mode == "none" else 1
             sections.append({n: heads for n in names if n.startswith(f"lm_head_stages.{stage}.")})
+            sections += [] if self.mode == "none" else [exits[exit] for exit in reversed(config.exits_of(stage))]
             for layer in reversed(config.stage_layers(stage)):
                 prefixes = (f"transformer.h.{layer}.", f"value_embeds.{layer}.")
                 sections.append({n: 1 for n in names if n.startswith(prefixes)})
@@ -131,8 +143,8 @@ class Objective:
         return [section for section in sections if section]
 
     def _local(self, ids: torch.Tensor, targets: torch.Tensor, scale: float, autocast: torch.autocast) -> torch.Tensor:
-        """Forward and backward of one stage after the other; losses ``[K]``."""
-        losses = []
+        """Forward and backward of one stage after the other; losses ``[K + E]``."""
+        losses, of_exits = [], []
         with autocast:
             x0_graph = self._embed(ids)
         x0 = x0_graph.detach().requires_grad_()
@@ -140,45 +152,60 @@ class Objective:
         x = x0
         for stage in range(self.config.num_stages):
             with autocast:
-                x = self._run_layers(self.config.stage_layers(stage), x, x0, ids, rotary, masks)
+                x, states = self._through(self.config.stage_layers(stage), x, x0, ids, rotary, masks)
+                exits = self._exit_losses(states, targets)
                 loss = self._stage_loss(x, stage, targets)
-            torch.autograd.backward(loss * (scale * self.stage_scale))
+            torch.autograd.backward(sum(exits, loss) * (scale * self.stage_scale))
             losses.append(loss.detach())
+            of_exits += [loss.detach() for loss in exits]
             x = x.detach()
         torch.autograd.backward(x0_graph, x0.grad)
-        return torch.stack(losses)
+        return torch.stack(losses + of_exits)
 
-    def _connected_losses(self, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Losses ``[K]`` in one graph: of every stage's gradient, beta reaches the stage before it."""
+    def _connected_losses(self, ids: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Losses ``[K]`` in one graph, where of a stage's gradient beta reaches the one before; losses of the exits."""
         x0 = x = self._embed(ids)
         rotary, masks = self._inputs(x0)
-        losses = []
+        losses, of_exits = [], []
         for stage in range(self.config.num_stages):
-            x = self._run_stage(
+            x, states = self._run_stage(
                 stage, x if stage == 0 else scale_gradient(x, self.gradient_flow), x0, ids, rotary, masks
             )
+            of_exits += self._exit_losses(states, targets)
             losses.append(self._stage_loss(x, stage, targets))
-        return torch.stack(losses)
+        return torch.stack(losses), of_exits
 
     def _run_stage(
         self, stage: int, x: torch.Tensor, x0: torch.Tensor, ids: torch.Tensor, rotary: Rotary, masks: Masks
-    ) -> torch.Tensor:
-        """A stage's layers; with ``recompute`` by stages only the last one, whose backward comes first, is kept."""
+    ) -> tuple[torch.Tensor, States]:
+        """A stage's layers; with ``recompute`` by stages only the last one, whose backward comes first, is kept.
+
+        Returns what :func:`through` does.
+        """
         inputs = (self.config.stage_layers(stage), x, x0, ids, rotary, masks)
         if self.recompute != "stages" or stage + 1 == self.config.num_stages:
-            return self._run_layers(*inputs)
-        return checkpoint(self.model.run_layers, *inputs, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]  # torch's
+            return self._through(*inputs)
+        # The model that runs now: with delayed stages another one is current when this is computed again.
+        run = partial(through, self.model.run_layers, self.config.poe_exit_layers)
+        return checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]  # torch's
 
-    def _plain_loss(self, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Loss (scalar) of ``none``: the plain path of the model, backout of the middle layer included."""
+    def _through(
+        self, layers: range, x: torch.Tensor, x0: torch.Tensor, ids: torch.Tensor, rotary: Rotary, masks: Masks
+    ) -> tuple[torch.Tensor, States]:
+        """The state behind ``layers``, and detached ones at the exits that they reach."""
+        return through(self._run_layers, self.config.poe_exit_layers, layers, x, x0, ids, rotary, masks)
+
+    def _plain_loss(self, ids: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Loss (scalar) of ``none``, the plain path with its backout of the middle layer, and those of the exits."""
         model, config = self.model, self.config
         x0 = self._embed(ids)
         rotary, masks = self._inputs(x0)
         half = config.num_hidden_layers // 2 + 1
-        middle = self._run_layers(range(half), x0, x0, ids, rotary, masks)
-        x = self._run_layers(range(half, config.num_hidden_layers), middle, x0, ids, rotary, masks)
+        middle, states = self._through(range(half), x0, x0, ids, rotary, masks)
+        x, deeper = self._through(range(half, config.num_hidden_layers), middle, x0, ids, rotary, masks)
+        exits = self._exit_losses({**states, **deeper}, targets)
         n = rmsnorm(x - model.backout_lambda * middle, config.rms_norm_eps).flatten(0, 1)
-        return softcap_cross_entropy(n, model.lm_head.weight, targets, config.logit_softcap)
+        return softcap_cross_entropy(n, model.lm_head.weight, targets, config.logit_softcap), exits
 
     def _run_layers(
         self, layers: Iterable[int], x: torch.Tensor, x0: torch.Tensor, ids: torch.Tensor, rotary: Rotary, masks: Masks
@@ -197,6 +224,26 @@ class Objective:
         n = rmsnorm(x, self.config.rms_norm_eps).flatten(0, 1)
         return softcap_cross_entropy(n, self.model.head_weight(stage), targets, self.config.logit_softcap)
 
+    def _exit_losses(self, states: States, targets: torch.Tensor) -> list[torch.Tensor]:
+        """Cross-entropies (scalars) of exits, which teach their own heads and nothing else."""
+        losses = []
+        for exit, x in states.items():
+            n = rmsnorm(x, self.config.rms_norm_eps).flatten(0, 1)
+            losses.append(softcap_cross_entropy(n, self.model.exit_weight(exit), targets, self.config.logit_softcap))
+        return losses
+
+    def no_losses(self, like: torch.Tensor) -> torch.Tensor:
+        """Room for the losses ``[K + E]`` of a rank that computes some of them, zeros in the dtype of ``like``."""
+        return like.new_zeros(self.config.num_stages + len(self.config.poe_exit_layers))
+
+    def put_losses(
+        self, losses: torch.Tensor, stage: int, loss: torch.Tensor, exits: list[torch.Tensor], factor: int
+    ) -> None:
+        """Note a stage's loss and those of its exits, times ``factor``."""
+        losses[stage] = loss.detach() * factor
+        for exit, value in zip(self.config.exits_of(stage), exits, strict=True):
+            losses[self.config.num_stages + exit] = value.detach() * factor
+
     def _inputs(self, x0: torch.Tensor) -> tuple[Rotary, Masks]:
         """Rotary factors and masks, made once per shape."""
         key = (x0.shape, x0.device)
@@ -211,6 +258,22 @@ class Objective:
         """Embedding stream ``[B, T, D]``; the residual stream stays fp32 where weights are bf16 replicas."""
         x0 = self.model.embed(ids)
         return x0.float() if x0.dtype == torch.bfloat16 else x0
+
+
+def through(
+    run: Callable[..., torch.Tensor], exits: Sequence[int], layers: range, x: torch.Tensor, *context: Any
+) -> tuple[torch.Tensor, States]:
+    """``run`` the state ``x`` ``[B, T, D]`` through ``layers``, stopping at ``exits``, given by the layers before them.
+
+    Returns:
+        the state behind them, and the detached states at the exits on the way.
+    """
+    states, start = {}, layers.start
+    for exit, layer in enumerate(exits):
+        if start < layer <= layers.stop:
+            x = run(range(start, layer), x, *context)
+            states[exit], start = x.detach(), layer
+    return (x if start == layers.stop else run(range(start, layers.stop), x, *context)), states
 
 
 class _ScaleGradient(torch.autograd.Function):

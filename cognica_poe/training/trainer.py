@@ -201,7 +201,7 @@ class Trainer:
         if losses is None:
             self.optimizer.zero_grad()
             return False
-        keep = self.guard.check(losses.mean(), self.optimizer.gradients())
+        keep = self.guard.check(losses[: self.objective.paths].mean(), self.optimizer.gradients())
         rates = self.schedule.rates(self.step)
         if self.device.type == "cuda":
             self.optimizer.step(*rates, keep=keep)
@@ -214,7 +214,7 @@ class Trainer:
         return True
 
     def _backward(self) -> torch.Tensor | None:
-        """Gradients of this rank's rows of the step; returns their mean losses ``[K]``.
+        """Gradients of this rank's rows of the step; returns their mean losses ``[K + E]``.
 
         None when the run is asked to stop, found between micro-batches; ranks in a line of stages ask before a step.
         """

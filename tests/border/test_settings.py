@@ -362,7 +362,7 @@ def test_padding_is_found_as_transformers_finds_it(models):
 
 # ---- options of the command line ------------------------------------------------------------------------------------
 
-GIVEN = {"stages": 2, "stage": 1, "stage_list": (0, 1), "safety": 2.0, "k_draft": 3, "drafter": "int8"}
+GIVEN = {"stages": 2, "stage": 1, "layer": 3, "stage_list": (0, 1), "safety": 2.0, "k_draft": 3, "drafter": "int8"}
 
 
 def test_options_that_a_mode_does_not_read_are_refused():
@@ -382,6 +382,11 @@ def test_options_that_a_mode_does_not_read_are_refused():
         with pytest.raises(UserError, match="does nothing at --temperature 0"):
             GenerationOptions(**{name: value})
         assert getattr(GenerationOptions(temperature=0.5, **{name: value}), name) == value
+    for make in (GenerationOptions, ServerOptions):
+        with pytest.raises(UserError, match="--mode exit needs --layer"):
+            make(mode="exit")
+        with pytest.raises(UserError, match="--stage and --layer both say who drafts"):
+            make(mode="speculative", stage=0, layer=3)
     read = {name for names in READS.values() for name in names}
     assert read == GIVEN.keys()
     assert read <= {field.name for field in dataclasses.fields(GenerationOptions)}

@@ -13,7 +13,7 @@ from torch.nn.utils import prune
 from cognica_poe.modeling import graphs_cognica_poe as graphs
 from cognica_poe.modeling.drafting_cognica_poe import DRAFTERS
 from cognica_poe.modeling.engine_cognica_poe import ENGINES, Engine, Engines
-from cognica_poe.modeling.weights_cognica_poe import digest, grid_digest, plain_weights, stage_of
+from cognica_poe.modeling.weights_cognica_poe import digest, grid_digest, plain_weights, segment_of
 from tests.conftest import make_model
 from tests.modeling.test_speculation import agreeing_model
 
@@ -70,7 +70,7 @@ def test_what_is_read_in_place_needs_no_digest():
     copied = {name.split(".")[-2] for name in Engines.of(model).digests}
     assert copied == {"c_q", "c_k", "c_v", "lm_head", "0", "1", "2"}  # one product of three, and folded heads
     CALLS["prefix"](make := copy.deepcopy(model))
-    assert {stage_of(name, make.config) for name in Engines.of(make).digests} == {0, 1}
+    assert {segment_of(name, make.config) for name in Engines.of(make).digests} == {0, 1}
 
 
 def test_nothing_is_arranged_anew_when_nothing_changed(monkeypatch):
@@ -317,5 +317,5 @@ def test_a_digest_does_not_ask_where_in_memory_the_weight_lies(digest):
 def test_all_weights_are_taken_but_the_one_that_decoding_never_reads():
     model = make_model()
     assert set(dict(model.named_parameters())) - set(plain_weights(model)) == {"backout_lambda"}
-    deepest = {stage: name for name in plain_weights(model) if (stage := stage_of(name, model.config)) >= 0}
+    deepest = {stage: name for name in plain_weights(model) if (stage := segment_of(name, model.config)) >= 0}
     assert set(deepest) == {0, 1, 2}

@@ -21,13 +21,25 @@ def stage_logits(model, ids: list[int]) -> list[torch.Tensor]:
     return [logits[0] for logits in model.all_logits(text)[0]]
 
 
-def decode(model, request: GenerationRequest, rule: Callable[[list[torch.Tensor]], torch.Tensor]) -> list[list[int]]:
-    """Generate with ``rule``: from the stages' logits ``[V]`` to the log-probabilities ``[V]`` to choose from."""
+@torch.no_grad()
+def exit_logits(model, ids: list[int]) -> list[torch.Tensor]:
+    """Capped logits ``[T, V]`` of all exits for one text."""
+    text = torch.tensor([ids], device=model.device)
+    return [model.forward_exit(text, layer)[0] for layer in model.config.poe_exit_layers]
+
+
+def decode(
+    model,
+    request: GenerationRequest,
+    rule: Callable[[list[torch.Tensor]], torch.Tensor],
+    heads: Callable[..., list[torch.Tensor]] = stage_logits,
+) -> list[list[int]]:
+    """Generate with ``rule``: from the logits ``[V]`` of ``heads`` to the log-probabilities ``[V]`` to choose from."""
     rows = []
     for row, length in enumerate(request.lengths):
         text = request.prompt(row).tolist()
         while not _ended(request, row, text[length:]):
-            scores = rule([logits[-1] for logits in stage_logits(model, text)])
+            scores = rule([logits[-1] for logits in heads(model, text)])
             text.append(_pick(request, _processed(request, row, text, scores), row, len(text) - length, FINAL))
         rows.append(text[length:])
     return rows
@@ -41,6 +53,11 @@ def prefix(model, request: GenerationRequest, max_stages: int) -> list[list[int]
 def single_stage(model, request: GenerationRequest, stage: int) -> list[list[int]]:
     """One stage's own head."""
     return decode(model, request, lambda logits: logits[stage].log_softmax(dim=-1))
+
+
+def single_exit(model, request: GenerationRequest, exit: int) -> list[list[int]]:
+    """One exit's own head."""
+    return decode(model, request, lambda logits: logits[exit].log_softmax(dim=-1), exit_logits)
 
 
 def composition(
@@ -74,10 +91,49 @@ def wand(
     return rows, counts
 
 
+def wand_with_exits(
+    model, request: GenerationRequest, bounds: Sequence[float], exit_bounds: Sequence[float], safety: float
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Early exit at exits as well: their own margin, against their bound and those of the transitions to come."""
+    used, config, depth = [], model.config, 0
+    stops: list[tuple[int, int, int | None]] = []
+    for stage, layers in enumerate(config.poe_stage_layers):
+        inside = [e for e, layer in enumerate(config.poe_exit_layers) if depth < layer < depth + layers]
+        depth += layers
+        stops += [(config.poe_exit_layers[e], stage, e) for e in inside] + [(depth, stage, None)]
+
+    def rule(logits: list[torch.Tensor]) -> torch.Tensor:
+        for depth, stage, exit in stops:
+            if exit is None:
+                scores, rest = combine(logits[: stage + 1], config.poe_alpha), sum(bounds[stage:])
+            else:
+                scores = logits[config.num_stages + exit].log_softmax(dim=-1)
+                rest = exit_bounds[exit] + sum(bounds[stage:])
+            first, second = scores.topk(2).values.tolist()
+            if depth == config.num_hidden_layers or first - second > safety * rest:
+                break
+        used.append(stage + 1)
+        return scores
+
+    rows = decode(model, request, rule, lambda model, text: stage_logits(model, text) + exit_logits(model, text))
+    counts = []
+    for row in rows:
+        counts.append(used[: len(row)])
+        used = used[len(row) :]
+    return rows, counts
+
+
 def speculative(
-    model, request: GenerationRequest, draft_stage: int, k_draft: int, adds_token: bool = True
+    model,
+    request: GenerationRequest,
+    draft_stage: int,
+    k_draft: int,
+    adds_token: bool = True,
+    drafting: Callable[..., list[torch.Tensor]] = stage_logits,
 ) -> tuple[list[list[int]], dict]:
-    """Draft with one stage, verify with the full pool; greedy, or the accept/residual rule when sampling.
+    """Draft with one stage, or with one exit where ``drafting`` gives these, and verify with the full pool.
+
+    Greedy, or by the accept/residual rule when sampling.
 
     The token behind the prompt comes from the full pool, and a row stops drafting behind a drafted end of the text.
     With ``adds_token`` the pool gives one more token where it kept all drafts.
@@ -92,7 +148,7 @@ def speculative(
             k = min(k_draft, request.max_new_tokens - done - adds_token)
             drafts, draft_scores = [], []
             while len(drafts) < k and not (drafts and drafts[-1] in request.eos):
-                scores = stage_logits(model, text + drafts)[draft_stage][-1].log_softmax(dim=-1)
+                scores = drafting(model, text + drafts)[draft_stage][-1].log_softmax(dim=-1)
                 draft_scores.append(_processed(request, row, text + drafts, scores))
                 drafts.append(_pick(request, draft_scores[-1], row, done + len(drafts), DRAFT))
             pool = combine(stage_logits(model, text + drafts), model.config.poe_alpha)[len(text) - 1 :]

@@ -37,6 +37,21 @@ def stage_losses(model, inputs: torch.Tensor, targets: torch.Tensor, flow=None, 
     return losses
 
 
+def exit_losses(model, inputs: torch.Tensor, targets: torch.Tensor) -> list[torch.Tensor]:
+    """Mean cross-entropy of every exit, each with a trunk and a shared head of its own that are not trained."""
+    config, ids = model.config, inputs
+    with torch.no_grad():
+        x0 = model.embed(ids)
+        rotary, masks = model.rotary(torch.arange(ids.shape[1])[None]), model.masks(x0)
+        states = [model.run_layers(range(layer), x0, x0, ids, rotary, masks) for layer in config.poe_exit_layers]
+    losses = []
+    for x, head in zip(states, model.lm_head_exits, strict=True):
+        weight = model.lm_head.weight.detach() + head.weight
+        n = rmsnorm(x, config.rms_norm_eps).flatten(0, 1)
+        losses.append(reference_cross_entropy(n, weight, targets.reshape(-1), config.logit_softcap))
+    return losses
+
+
 def one_shot_loss(model, inputs: torch.Tensor, targets: torch.Tensor, flow=None, weights=None) -> torch.Tensor:
     """The objective: ``sum_k CE_k / K^(1 - alpha)``, in ``none`` the plain path's cross-entropy (scalar)."""
     losses, config = stage_losses(model, inputs, targets, flow, weights), model.config

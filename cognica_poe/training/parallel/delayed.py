@@ -100,7 +100,7 @@ class DelayedStageObjective(Objective):
     def backward(self, inputs: torch.Tensor, targets: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
         """Forward of this micro-batch and, once enough are under way, backward of the one that is due.
 
-        Arguments as for ``Objective``. Returns the losses ``[K]`` of this one: own ones times the number of ranks,
+        Arguments as for ``Objective``. Returns the losses ``[K + E]`` of this one: own ones times the number of ranks,
         others zero, so that the mean over ranks is each loss.
         """
         if self.between_steps:
@@ -131,16 +131,17 @@ class DelayedStageObjective(Objective):
             before = torch.empty_like(x0, requires_grad=False)
             Pending(dist.irecv(before, self.ranks.rank - 1), before).wait()
             x = before.requires_grad_()
-        losses = x0.new_zeros(self.config.num_stages)
+        losses = self.no_losses(x0)
         total = x0.new_zeros(())
         for stage in self.stages:
             x = scale_gradient(x, self.gradient_flow) if stage else x
-            x = self._run_stage(stage, x, x0, ids, rotary, masks)
+            x, states = self._run_stage(stage, x, x0, ids, rotary, masks)
             if stage == self.stages[-1]:
                 self._send(x.detach(), self.ranks.rank + 1)
+            exits = self._exit_losses(states, targets)
             loss = self._stage_loss(x, stage, targets)
-            total = total + loss * (scale * self.stage_scale)
-            losses[stage] = loss.detach() * self.ranks.world
+            total = total + sum(exits, loss) * (scale * self.stage_scale)
+            self.put_losses(losses, stage, loss, exits, self.ranks.world)
         self.queue.append(_UnderWay(total, before, x))
         return losses
 

@@ -50,10 +50,11 @@ def assign_stages(config: CognicaPoEConfig, world: int) -> list[range]:
 
 
 def _stage_work(config: CognicaPoEConfig, stage: int) -> int:
-    """Multiplications per token of a stage's layers and head."""
+    """Multiplications per token of a stage's layers and of its heads, those of exits among them."""
     D, h = config.hidden_size, config.head_dim
     layer = 2 * D * h * (config.num_attention_heads + config.num_key_value_heads) + 2 * D * config.intermediate_size
-    return len(config.stage_layers(stage)) * layer + D * config.vocab_size
+    heads = 1 + len(config.exits_of(stage))
+    return len(config.stage_layers(stage)) * layer + heads * D * config.vocab_size
 
 
 def _busiest(work: list[int], cuts: tuple[int, ...]) -> int:
@@ -71,13 +72,14 @@ def drop_other_stages(model: CognicaPoEForCausalLM, stages: range) -> None:
         parts = [model.get_submodule(f"transformer.h.{layer}") for layer in layers]
         parts += [model.value_embeds[str(i)] for i in layers if str(i) in model.value_embeds]
         parts += [model.lm_head_stages[stage]] if config.per_stage_head else []
+        parts += [model.lm_head_exits[exit] for exit in config.exits_of(stage)]
         for part in parts:
             part.to_empty(device="meta").requires_grad_(False)
 
 
 def shared_parameters(model: CognicaPoEForCausalLM) -> dict[str, nn.Parameter]:
     """What every stage uses: embedding, smear, lambdas, the shared head."""
-    own = ("transformer.h.", "value_embeds.", "lm_head_stages.", "backout_lambda")
+    own = ("transformer.h.", "value_embeds.", "lm_head_stages.", "lm_head_exits.", "backout_lambda")
     return {name: p for name, p in model.named_parameters() if not name.startswith(own)}
 
 
@@ -127,22 +129,23 @@ class StageParallelObjective(Objective):
         return shared_parameters(self.model)
 
     def _local(self, ids: torch.Tensor, targets: torch.Tensor, scale: float, autocast: torch.autocast) -> torch.Tensor:
-        """Losses ``[K]``: own ones times the number of ranks, others zero, so that the mean over ranks is each loss."""
+        """Losses ``[K + E]``: own ones times the number of ranks, others zero, so that the mean over ranks is each."""
         self.finished = False
         with autocast:
             x0_graph = self._embed(ids)
         x0 = x0_graph.detach().requires_grad_()
         rotary, masks = self._inputs(x0)
         x = self._receive(x0) if self.stages.start else x0
-        losses = x0.new_zeros(self.config.num_stages)
+        losses = self.no_losses(x0)
         for stage in self.stages:
             with autocast:
-                x = self._run_layers(self.config.stage_layers(stage), x, x0, ids, rotary, masks)
+                x, states = self._through(self.config.stage_layers(stage), x, x0, ids, rotary, masks)
                 if stage == self.stages[-1]:
                     self._send(x.detach())
+                exits = self._exit_losses(states, targets)
                 loss = self._stage_loss(x, stage, targets)
-            torch.autograd.backward(loss * (scale * self.stage_scale))
-            losses[stage] = loss.detach() * self.ranks.world
+            torch.autograd.backward(sum(exits, loss) * (scale * self.stage_scale))
+            self.put_losses(losses, stage, loss, exits, self.ranks.world)
             x = x.detach()
         torch.autograd.backward(x0_graph, x0.grad)
         return losses
