@@ -61,18 +61,19 @@ def measure_acceptance(
     *,
     new_tokens: int = 32,
     draft_stage: int = 0,
+    draft_layer: int | None = None,
     k_draft: int = 4,
     seed: int = 0,
     log: Callable[[str], None] = lambda line: None,
 ) -> SpeculativeResult:
-    """Greedy speculative decoding of every prompt by itself.
+    """Greedy speculative decoding of every prompt by itself, drafted by a stage, or by the exit at ``draft_layer``.
 
     A model without a stage to draft with (one stage, or trained on the plain path) proposes nothing, nor does an empty
     list of prompts: acceptance is then ``None``. With fewer than two prompts that proposed something the interval is
     ``None``.
     """
     empty = SpeculativeResult(None, None, None, 0, 0, 0, draft_stage, k_draft, 0, new_tokens, [])
-    if model.config.poe_mode == "none" or model.config.num_stages == 1 or not prompts:
+    if model.config.poe_mode == "none" or (model.config.num_stages == 1 and draft_layer is None) or not prompts:
         return empty
     device = next(model.parameters()).device
     rows = []
@@ -83,6 +84,7 @@ def measure_acceptance(
                 ids,
                 max_new_tokens=new_tokens,
                 draft_stage=draft_stage,
+                draft_layer=draft_layer,
                 k_draft=k_draft,
                 return_acceptance=True,
             )

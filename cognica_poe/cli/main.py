@@ -53,6 +53,7 @@ TREE = Group(
         "analyze": analysis.analyze,
         "calibrate": analysis.calibrate,
         "export": release.export,
+        "add-exit": release.add_exit,
         "publish": release.publish,
         "report": release.report,
         "generate": inference.generate,

@@ -32,7 +32,9 @@ def duration(seconds: float) -> str:
 class TrainingProgress:
     """A bar on a terminal, a line every ``every`` seconds elsewhere. Use as a context manager; call it per step."""
 
-    def __init__(self, steps: int, first: int = 0, every: float = 10.0):
+    def __init__(self, steps: int, first: int = 0, every: float = 10.0, losses: str = "loss by stage"):
+        self.losses = losses
+        """What the losses are called."""
         self.steps, self.first, self.every = steps, first, every
         self.began = self.shown = time.monotonic()
         self.busy = 0.0
@@ -60,7 +62,7 @@ class TrainingProgress:
         self.busy += metrics["tokens"] / step / metrics["tokens_per_second"]
         left = self.busy / (step - self.first) * (self.steps - step)
         losses = " ".join(f"{loss:.3f}" for loss in metrics["loss_stages"])
-        line = f"loss by stage {losses}  {metrics['tokens_per_second']:,.0f} tokens/s  ETA {duration(left)}"
+        line = f"{self.losses} {losses}  {metrics['tokens_per_second']:,.0f} tokens/s  ETA {duration(left)}"
         if self.bar is not None:
             self.bar.update(self.task, completed=step, description=line)
         elif time.monotonic() - self.shown >= self.every or step == self.steps:

@@ -1,14 +1,16 @@
-"""The commands that pass a model on: ``export``, ``publish`` and ``report``."""
+"""The commands that pass a model on: ``export``, ``add-exit``, ``publish`` and ``report``."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Annotated
 
-from cognica_poe.cli.arguments import Flag, Natural, RunFolder, RunFolders
+from cognica_poe.cli.arguments import Count, Flag, Natural, Positive, ReleaseFolder, RunFolder, RunFolders
 from cognica_poe.cli.output import print_json, print_table
-from cognica_poe.cli.progress import log
+from cognica_poe.cli.progress import TrainingProgress, log
 from cognica_poe.errors import UserError
+from cognica_poe.recipe.fields import Range
 
 
 def export(run: RunFolder, step: Natural, out: Path | None = None) -> None:
@@ -67,3 +69,57 @@ def report(runs: RunFolders, out: Path | None = None) -> None:
         pipeline.read_recipe(run)
         pipeline.require_outside(run, out, takes=["report"])
     print(write_report(list(runs), out))
+
+
+def add_exit(
+    checkpoint: ReleaseFolder,
+    layer: Annotated[int, Range(1, 1023)],
+    out: Path,
+    text: str,
+    tokens: Positive = 2_000_000,
+    rank: Annotated[int, Range(0, 2**17)] = 0,
+    batch_rows: Count = 16,
+    lr: Annotated[float, Range(0, 100, above=True)] = 0.008,
+    seed: Natural = 0,
+    json: Flag = False,
+) -> None:
+    """Train an exit inside a stage of a release and write it as another release; nothing else changes.
+
+    Args:
+        checkpoint: Release folder, left as it is.
+        layer: Layers before the exit.
+        out: Release folder to write.
+        text: Mix, folder or file of parquet, jsonl or text to train on; a twentieth of it is held out and measured on.
+        tokens: Tokens to train on; a shorter text is read again.
+        rank: Rank of the exit's head beside the shared one; 0 is a full matrix.
+        batch_rows: Rows of the context length per step.
+        lr: Rate of the head, scaled by batch and width as that of all heads.
+        seed: Seed of the held-out part, the order of the rows and the head.
+        json: Print one JSON document instead of a table.
+    """
+    from cognica_poe.release.contents import check_contents
+    from cognica_poe.release.exits import add_exit as add
+    from cognica_poe.release.export import check_release
+    from cognica_poe.training.exits import ExitRecipe
+
+    recipe = ExitRecipe(layer, rank, tokens, batch_rows, lr, seed)
+    release = check_release(checkpoint)
+    check_contents(checkpoint)
+    context = release.config["max_position_embeddings"]
+    with TrainingProgress(recipe.steps(context), losses="loss") as progress:
+        added = add(checkpoint, out, text, recipe, log=log, progress=progress)
+    if json:
+        return print_json({**added.as_dict(), "out": str(out)})
+    drafts = added.speculative
+    interval = "" if drafts.low is None else f" ({drafts.low:.3f} to {drafts.high:.3f})"
+    accepted = "-" if drafts.acceptance is None else f"{drafts.acceptance:.3f}{interval}"
+    rows = [
+        ["nats per token", f"{added.measure.nats:.4f}"],
+        ["nats of the pool", f"{added.measure.pool_nats:.4f}"],
+        ["agrees with the pool", f"{added.measure.agreement:.4f}"],
+        ["positions", f"{added.measure.positions:,}"],
+        [f"accepted drafts, {drafts.k_draft} a round", accepted],
+        ["WAND p99 bound (nats)", f"{added.measure.bound:.4f}"],
+    ]
+    print_table(f"exit behind {layer} layers, on held-out text", ["measure", "value"], rows)
+    print(out)

@@ -28,6 +28,7 @@ RIGHT = {
     "analyze": "analyze {run} --step 2",
     "calibrate": "calibrate {release} --text {texts} --tokens 600",
     "export": "export {run} --step 2 --out {new}",
+    "add-exit": "add-exit {release} --layer 1 --out {new} --text {texts} --tokens 600 --batch-rows 2",
     "publish": "publish {run} --to file:{new}",
     "report": "report {run} --out {new}",
     "generate": "generate {release} Hi --max-new-tokens 4",

@@ -14,6 +14,7 @@ from cognica_poe.analysis.sums import Sums
 from cognica_poe.errors import UserError
 from cognica_poe.release.card import series, tables
 from cognica_poe.release.card.capabilities import capabilities
+from cognica_poe.release.card.exits import exits
 from cognica_poe.release.card.readings import Record
 from cognica_poe.release.card.tables import is_pool, stage_count
 from cognica_poe.release.text import MISSING, count, markdown_table, markdown_text, percent, visible
@@ -54,6 +55,7 @@ def render_card(records: Sequence[Record], release: Mapping[str, Any], sums: Map
         _architecture(latest, release),
         tables.measurements(latest),
         *(section.markdown() for section in series.sections(trajectory, release)),
+        exits(release),
         tables.baselines(latest),
         capabilities(records),
         tables.probes(latest),
@@ -148,14 +150,15 @@ def _modes(record: Record) -> str:
 _CONFIG_FIELDS = (
     "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
     "max_position_embeddings", "vocab_size", "window_pattern", "rope_theta", "poe_mode", "poe_alpha",
-    "poe_stage_layers", "per_stage_head",
+    "poe_stage_layers", "per_stage_head", "poe_exit_layers",
 )  # fmt: skip
 
 
 def _architecture(record: Record, release: Mapping[str, Any]) -> str:
     config = release.get("config") or {}
     rows = [("parameters", count(record["model"].get("parameters")))]
-    rows += [(f"`{name}`", markdown_text(config[name])) for name in _CONFIG_FIELDS if name in config]
+    shown = [name for name in _CONFIG_FIELDS if name in config and config[name] != []]
+    rows += [(f"`{name}`", markdown_text(config[name])) for name in shown]
     if not config:
         rows.append(("stage layers", markdown_text(record["model"].get("stage_layers"))))
     return "## Architecture\n\n" + markdown_table(("field", "value"), rows)
