@@ -132,12 +132,18 @@ def test_activations_match_the_allocators_peak(mode, dtype, recompute):
         assert measured < 0.7 * sum(figure.value for figure in Costs(kept).activations(4, dtype.itemsize, "cpu"))
 
 
+@pytest.mark.parametrize("exits", [(), (1, 3)])
 @pytest.mark.parametrize("mode", ["flat", "none"])
-def test_products_match_the_operation_counter(mode):
-    recipe = small(mode, (4,) if mode == "none" else (2, 1, 1))
+def test_products_match_the_operation_counter(mode, exits):
+    recipe = small(mode, (4,) if mode == "none" else (2, 2))
+    recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, poe_exit_layers=exits))
     model = build_model(recipe.model).train()
+    ids = batch(recipe, 2)
     with FlopCounterMode(display=False) as counter:
-        one_shot_loss(model, *batch(recipe, 2)).backward()
+        one_shot_loss(model, *ids).backward()
+        states = torch.randn(len(exits), *ids[0].shape, model.config.hidden_size)
+        for exit, x in enumerate(states):  # the heads alone: their trunk has run already
+            (x @ model.exit_weight(exit).T).sum().backward()
     counted = counter.get_flop_counts()["Global"][torch.ops.aten.mm] / (2 * recipe.model.max_position_embeddings)
     smear = 6 * model.config.smear_channels  # the one product outside blocks and heads
     assert counted == Costs(recipe).product_flops_per_token() + smear

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from cognica_poe import pipeline
 from cognica_poe.modeling.configuration_cognica_poe import CognicaPoEConfig
-from cognica_poe.recipe.fields import ModelRecipe, ObjectiveRecipe, OptimizerRecipe
+from cognica_poe.recipe.fields import ModelRecipe, ObjectiveRecipe, OptimizerRecipe, RanksRecipe
 from cognica_poe.recipe.named import find_recipe
 from cognica_poe.recipe.rules import check_run
 from cognica_poe.recipe.stored import fixed_sha256
@@ -18,6 +18,7 @@ from cognica_poe.training.objective import Objective
 from cognica_poe.training.optim.delay import DelayedOptimizer
 from cognica_poe.training.optim.optimizer import MuonAdamW
 from cognica_poe.training.parallel.delayed import DelayedStageMuonAdamW, DelayedStageObjective
+from cognica_poe.training.parallel.zero2 import DistMuonAdamW
 from cognica_poe.training.trainer import Trainer
 from tests.conftest import make_model
 from tests.gloo import run_ranks
@@ -153,6 +154,32 @@ def test_exits_on_ranks_of_their_own(line):
     for result in results:
         torch.testing.assert_close(result[2], expected[2], rtol=1e-10, atol=0)
         assert result[2].shape == (len(expected[2]), 5)
+
+
+def sharded(ranks):
+    """Weights after three steps of ZeRO-2 on this rank's rows."""
+    model = make_model(poe_stage_layers=[2, 1, 2], poe_exit_layers=EXITS).train()
+    objective = Objective(model)
+    options = RanksRecipe(replica_dtype="float32")
+    optimizer = DistMuonAdamW(model.float(), stages.RATES, 2**18, ranks, options, objective.sections())
+    for step in range(3):
+        inputs, targets = tokens(rows=2, seed=step)
+        own = slice(ranks.rank * 2 // ranks.world, (ranks.rank + 1) * 2 // ranks.world)
+        with optimizer.micro_batch(last=True):
+            objective.backward(inputs[own], targets[own])
+        optimizer.step((step + 1) / 40, 0.9, 1.0)
+        optimizer.zero_grad()
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def test_exits_with_rows_shared_by_ranks():
+    """Their gradients arrive where the sections say; their weights are those of one rank."""
+    (alone,) = run_ranks(1, sharded)
+    names = [name for name in alone if "exits" in name]
+    assert len(names) == 2
+    for found in run_ranks(2, sharded):
+        for name in names:
+            assert stages.relative_error(found[name], alone[name]) <= 1e-5, name
 
 
 def late_model():
