@@ -76,6 +76,7 @@ def measure_acceptance(
     if model.config.poe_mode == "none" or (model.config.num_stages == 1 and draft_layer is None) or not prompts:
         return empty
     device = next(model.parameters()).device
+    drafting = {"draft_stage": draft_stage} if draft_layer is None else {"draft_layer": draft_layer}
     rows = []
     with evaluation_mode(model):
         for index, prompt in enumerate(prompts):
@@ -83,8 +84,7 @@ def measure_acceptance(
             _, counts = model.generate_speculative(
                 ids,
                 max_new_tokens=new_tokens,
-                draft_stage=draft_stage,
-                draft_layer=draft_layer,
+                **drafting,
                 k_draft=k_draft,
                 return_acceptance=True,
             )

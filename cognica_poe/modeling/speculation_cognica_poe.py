@@ -27,8 +27,9 @@ from .sampling_cognica_poe import ACCEPT, FINAL, accept_or_resample, count_leadi
 TRIAL_TOKENS = 48
 """New tokens of one trial."""
 
-CANDIDATES = (("stage", 4), ("stage", 8), ("int8", 7), ("int4", 7), ("lookup", 7), ("lookup", 15))
-"""Drafters and draft lengths that are tried, beside none at all."""
+CANDIDATES = (("stage", 3), ("stage", 7), ("int8", 7), ("int4", 7), ("lookup", 7), ("lookup", 15))
+"""Drafters and draft lengths that are tried, beside none at all. The pool looks at one token more than the drafts of a
+stage: with it they fill steps of 4 and 8 lanes."""
 
 Verifier = Callable[[Transcript, torch.Tensor, Drafts], tuple[torch.Tensor, torch.Tensor]]
 """A rule of acceptance, see :func:`verify`."""
