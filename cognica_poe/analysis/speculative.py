@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -76,7 +76,7 @@ def measure_acceptance(
     if model.config.poe_mode == "none" or (model.config.num_stages == 1 and draft_layer is None) or not prompts:
         return empty
     device = next(model.parameters()).device
-    drafting = {"draft_stage": draft_stage} if draft_layer is None else {"draft_layer": draft_layer}
+    drafting: dict[str, Any] = {"draft_stage": draft_stage} if draft_layer is None else {"draft_layer": draft_layer}
     rows = []
     with evaluation_mode(model):
         for index, prompt in enumerate(prompts):
