@@ -48,6 +48,8 @@ REQUIRED = (
     "release.json", "README.md", "LICENSE", "modeling_cognica_poe.py", "configuration_cognica_poe.py",
 )  # fmt: skip
 """Files that every release holds, among others."""
+READ_BY_LOADERS = (".json", ".safetensors", ".bin", ".pt", ".py", ".jinja", ".model", ".txt")
+"""Ends of names that transformers and its tokenizers look for; a file of another kind changes nothing of what loads."""
 SUMS = "analysis.documents.npz"
 """File of the record's sums per document and prompt, from which the card of several steps computes changes."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -129,8 +131,12 @@ def card_of(folder: Path) -> str:
     return render_card([read_json(folder / "analysis.json", "analysis record")], {**about, "config": config})
 
 
-def check_release(path: Path) -> Release:
-    """Check a release folder: complete, unaltered, readable, of one step. Raises UserError naming the first fault."""
+def check_release(path: Path, *, to_load: bool = False) -> Release:
+    """Check a release folder: complete, unaltered, readable, of one step. Raises UserError naming the first fault.
+
+    A folder that is passed on holds nothing else. One ``to_load`` may: a revision of a repository to which others added
+    a picture or another format, as long as no loader reads it.
+    """
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"release folder not found: {path}; make it with `cognica-poe export`")
@@ -141,8 +147,11 @@ def check_release(path: Path) -> Release:
     listed = {safe_name(name, f"{path / MANIFEST}: file name") for name in Manifest.read(path).digests}
     present = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
     extra = sorted(present - listed - {MANIFEST})
+    if to_load:
+        extra = [name for name in extra if Path(name).suffix in READ_BY_LOADERS]
     if extra:
-        raise UserError(f"{path / extra[0]} is not in {MANIFEST}: a release holds nothing else; remove it")
+        why = "a loader might read it" if to_load else "a release holds nothing else"
+        raise UserError(f"{path / extra[0]} is not in {MANIFEST}: {why}; remove it")
     _check_weights(path / WEIGHTS)
     record = _read_object(path / "analysis.json", "analysis record")
     about = _read_object(path / "release.json", "release description")
@@ -170,7 +179,7 @@ def load_release(
 
     from cognica_poe.modeling.modeling_cognica_poe import CognicaPoEForCausalLM
 
-    check_release(path)
+    check_release(path, to_load=True)
     check_contents(path)
     model = CognicaPoEForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True).eval()
     return model, AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)

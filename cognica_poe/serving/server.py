@@ -20,7 +20,7 @@ def serve(checkpoint: Path, options: ServerOptions, log: Callable[[str], None]) 
     """
     from cognica_poe.release.export import check_release
 
-    check_release(checkpoint)
+    check_release(checkpoint, to_load=True)
     if missing := [name for name in ("fastapi", "uvicorn", "openai") if importlib.util.find_spec(name) is None]:
         raise UserError(f"serve needs {', '.join(missing)}: pip install 'cognica-poe[serve]'")
     require_ranges(options, "serve: --")

@@ -1,5 +1,8 @@
 """Loading: a folder, or a revision of a Hub cache folder; what is not there is named."""
 
+import re
+import shutil
+
 import pytest
 import torch
 
@@ -28,6 +31,21 @@ def test_revisions_of_a_hub_cache_folder(releases, tmp_path):
     assert same(cognica_poe.load(REPO, cache_dir=tmp_path)[0], 300)  # main is the newest
     with pytest.raises(UserError, match="has no revision 'step-7'"):
         cognica_poe.load(REPO, "step-7", tmp_path)
+
+
+def test_files_of_others_beside_a_release(releases, tmp_path):
+    """A picture or a GGUF in a repository changes nothing; what a loader would read is refused."""
+    folder = tmp_path / "mine"
+    shutil.copytree(releases[2], folder)
+    (folder / "model-Q4.gguf").write_bytes(b"GGUF")
+    (folder / "pictures").mkdir()
+    (folder / "pictures" / "curve.png").write_bytes(b"png")
+    assert same(cognica_poe.load(folder)[0], 300)
+    for name in ("adapter_config.json", "model-00001-of-00002.safetensors", "chat_template.jinja", "tool.py"):
+        (folder / name).write_text("{}")
+        with pytest.raises(UserError, match=rf"{re.escape(name)} is not in MANIFEST.sha256: a loader might read it"):
+            cognica_poe.load(folder)
+        (folder / name).unlink()
 
 
 def test_mistakes(releases, tmp_path):
