@@ -8,6 +8,7 @@ ranks) or cannot finish in time, a thread that the kernel wakes removes what thi
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import select
 import signal
@@ -16,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-from cognica_poe.leftovers import drop_owned
+from cognica_poe.leftovers import drop_owned, shield
 
 GRACE = 5.0
 """Seconds that a command has to unwind."""
@@ -124,7 +125,14 @@ def interruptible() -> Iterator[None]:
 def _on_signal(number: int, frame: FrameType | None) -> None:
     first, _state.number = _state.number is None, _state.number or number
     if first and not _state.deferred:  # a second one does not interrupt the cleaning up
-        raise Interrupted(number)
+        if shield.depth:
+            shield.late = functools.partial(_interrupt, number)
+        else:
+            raise Interrupted(number)
+
+
+def _interrupt(number: int) -> None:
+    raise Interrupted(number)
 
 
 def _stand_by(reader: int) -> None:

@@ -20,8 +20,9 @@ import os
 import shutil
 import socket
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -33,6 +34,33 @@ _OWNER = "owner"
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EINVAL, errno.ENOLCK, errno.EBADF)
 _owned: set[Path] = set()
 """Files and folders in the making of this process."""
+
+
+class _Shield:
+    """Whether the main thread is making something that it has not noted as its own yet."""
+
+    depth = 0
+    late: Callable[[], None] | None = None
+    """What an interruption of that moment does once it is over."""
+
+
+shield = _Shield()
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """An interruption of the main thread waits for the end of the block."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    shield.depth += 1
+    try:
+        yield
+    finally:
+        shield.depth -= 1
+        if not shield.depth and (late := shield.late):
+            shield.late = None
+            late()
 
 
 def try_lock(descriptor: int) -> bool | None:
@@ -77,9 +105,10 @@ def signature(path: Path) -> str:
 def partial_file(folder: Path) -> Iterator[tuple[IO[bytes], Path]]:
     """Yield a new file of ``folder``, open for writing, and its path; it is removed unless the block renamed it."""
     while True:
-        descriptor, name = tempfile.mkstemp(dir=folder, prefix=PREFIX)
-        path = Path(name)
-        _owned.add(path)
+        with _undisturbed():
+            descriptor, name = tempfile.mkstemp(dir=folder, prefix=PREFIX)
+            path = Path(name)
+            _owned.add(path)
         if try_lock(descriptor) is None or is_still(path, descriptor):
             break
         os.close(descriptor)  # taken for a leftover before it could be locked
@@ -102,18 +131,25 @@ def partial_folder(path: Path, wait: float = 0.0) -> Iterator[Path]:
     """
     name = path.name if len(path.name.encode()) <= 200 else hashlib.sha256(path.name.encode()).hexdigest()
     outer, deadline = path.parent / f"{PREFIX}{name}", time.monotonic() + max(wait, 1.0)
-    while (descriptor := _take(outer)) is None:
+    while (descriptor := _own(outer)) is None:
         if time.monotonic() >= deadline:
             raise UserError(f"{path} is being written by {signature(outer / _OWNER)}: wait for it to end")
         time.sleep(0.05)
     try:
         _clear(outer)  # of a dead process
-        _owned.add(outer)
         yield outer
     finally:
         _remove(outer)
         os.close(descriptor)
         _owned.discard(outer)
+
+
+def _own(outer: Path) -> int | None:
+    """As ``_take``, noted for the case that this process is interrupted."""
+    with _undisturbed():
+        if (descriptor := _take(outer)) is not None:
+            _owned.add(outer)
+        return descriptor
 
 
 def _take(outer: Path) -> int | None:

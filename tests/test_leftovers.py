@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from cognica_poe import leftovers
+from cognica_poe import interrupts, leftovers
 from cognica_poe.errors import UserError
 from cognica_poe.files import atomic_folder, write_bytes
 from cognica_poe.leftovers import PREFIX, drop_owned, is_being_written, partial_file, scratch_folder, sweep
@@ -173,3 +173,33 @@ def test_a_long_name_fits(tmp_path):
     with atomic_folder(tmp_path / ("x" * 255), "release") as folder:
         (folder / "a").write_bytes(b"1")
     assert [len(path.name) for path in tmp_path.iterdir()] == [255]
+
+
+@pytest.mark.parametrize("how", ["file", "folder"])
+def test_a_signal_at_the_moment_of_making_leaves_nothing(tmp_path, monkeypatch, how):
+    """Between a file's making and the note that it is ours no interruption comes through."""
+    mkstemp, sign = leftovers.tempfile.mkstemp, leftovers.sign
+
+    def made(**where):
+        found = mkstemp(**where)
+        signal.raise_signal(signal.SIGTERM)
+        return found
+
+    def signed(descriptor):
+        sign(descriptor)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(leftovers.tempfile, "mkstemp", made)
+    monkeypatch.setattr(leftovers, "sign", signed)
+    monkeypatch.setattr(interrupts._state, "number", None)
+    before = signal.signal(signal.SIGTERM, interrupts._on_signal)
+    making = partial_file(tmp_path) if how == "file" else leftovers.partial_folder(tmp_path / "out")
+    try:
+        with pytest.raises(interrupts.Interrupted), making:
+            pytest.fail("the block ran")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        interrupts._state.number = None
+    assert len(list(tmp_path.iterdir())) == 1
+    drop_owned()  # as every command does that a signal ends
+    assert not list(tmp_path.iterdir())
