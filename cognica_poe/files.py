@@ -238,13 +238,13 @@ def _mark_of(folder: Path) -> str | None:
 
 
 def _made_as(folder: Path, kind: str) -> bool:
-    """Whether ``folder`` has the mark of ``kind`` and exactly the files of its manifest, as plain files."""
+    """Whether ``folder`` has the mark of ``kind`` and exactly the files of its manifest, as plain files.
+
+    Raises UserError for a manifest with our mark that is damaged.
+    """
     if _mark_of(folder) != kind:
         return False
-    try:
-        names = {*Manifest.read(folder).digests, MANIFEST}
-    except UserError:
-        return False
+    names = {*Manifest.read(folder, "choose another --out, or remove the folder yourself").digests, MANIFEST}
     parents = {parent.as_posix() for name in names for parent in PurePosixPath(name).parents}
     found = {entry.relative_to(folder).as_posix(): entry for entry in folder.rglob("*")}
     files = {name for name, entry in found.items() if entry.is_file() and not entry.is_symlink()}

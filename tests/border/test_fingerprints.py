@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from cognica_poe.cli.main import main
-from cognica_poe.files import sha256_file
+from cognica_poe.files import MANIFEST, sha256_file
 from cognica_poe.recipe.stored import save_recipe
 from tests.runs import small_recipe, write_texts
 
@@ -219,9 +219,11 @@ def flip(file, place, bit):
 
 
 def names_of(run, file):
-    """Paths by which a message may name the file: its own, links to it, and for a reference the folder of them."""
+    """Paths by which a message may name the file: its own, links to it, for a reference the folder of them, and for a
+    manifest, whose first line is a folder's mark, that folder."""
     links = [str(path) for path in run.rglob("*") if path.is_symlink() and path.resolve() == file.resolve()]
-    return [str(file), *links, *([str(file.parent)] if file.parent.name == "refs" else [])]
+    folders = [str(file.parent)] if file.parent.name == "refs" or file.name == MANIFEST else []
+    return [str(file), *links, *folders]
 
 
 @pytest.fixture(scope="module")
