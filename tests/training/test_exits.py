@@ -26,7 +26,13 @@ from tests.oracles.objective import exit_losses, one_shot_loss, stage_losses
 from tests.runs import small_recipe, write_texts
 from tests.training.parallel import test_delayed as delayed
 from tests.training.parallel import test_stages as stages
-from tests.training.test_objective import accumulated, assert_same_gradients, tokens, training_model
+from tests.training.test_objective import (
+    accumulated,
+    assert_same_gradients,
+    assert_sections_are_in_order,
+    tokens,
+    training_model,
+)
 from tests.training.test_objective_family import found_gradients
 
 EXITS = [1, 4]
@@ -97,21 +103,7 @@ def test_a_recipe_with_exits_trains_the_same_model(rank):
 @pytest.mark.parametrize("mode", ["flat", "hier", "none"])
 def test_sections_say_when_gradients_are_complete(mode, changes):
     model = training_model(mode, [5] if mode == "none" else [2, 1, 2], poe_exit_layers=EXITS, **changes)
-    arrived, objective = [], Objective(model)
-    for name, parameter in model.named_parameters():
-        parameter.register_post_accumulate_grad_hook(lambda _, name=name: arrived.append(name))
-    objective.backward(*tokens())
-    sections = objective.sections()
-    assert {n for section in sections for n in section} == {n for n, _ in model.named_parameters()}
-    for section in sections:
-        for name, count in section.items():
-            assert arrived.count(name) == count, name
-    ends = [
-        max(len(arrived) - arrived[::-1].index(n) for n, count in s.items() if count)
-        for s in sections[:-1]
-        if any(s.values())
-    ]
-    assert ends == sorted(ends)
+    assert_sections_are_in_order(model)
 
 
 def with_exits(recipe, exits=(1,)):

@@ -225,6 +225,11 @@ def test_untrainable_mode_is_refused():
 def test_sections_say_when_gradients_are_complete(mode, changes):
     """Measured with hooks: additions per parameter, and no section is complete before the one before it."""
     model = training_model(mode, **changes)
+    assert_sections_are_in_order(model)
+
+
+def assert_sections_are_in_order(model):
+    """As often as a section says a parameter's gradient is added to, and sections are complete one after the other."""
     arrived, objective = [], Objective(model)
     for name, parameter in model.named_parameters():
         parameter.register_post_accumulate_grad_hook(lambda _, name=name: arrived.append(name))
