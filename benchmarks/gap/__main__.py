@@ -7,7 +7,7 @@ from pathlib import Path
 
 import tyro
 
-from benchmarks.gap.arms import ARMS, MILLION, Job
+from benchmarks.gap.arms import ARMS, MILLION, RELATIVES, TOKENS_PER_STEP, TUNING_TOKENS, Job, steps_of
 from cognica_poe.errors import UserError
 
 RESULTS = Path(__file__).parent / "results"
@@ -19,12 +19,11 @@ def train(
     arms: tuple[str, ...] = tuple(ARMS),
     tokens: int = 20 * MILLION,
     seeds: tuple[int, ...] = (0, 1),
-    matrix_lr: tuple[float, ...] = (0.02,),
-    unembedding_lr: tuple[float, ...] = (0.008,),
+    rates: tuple[float, ...] = (),
     results: Path = RESULTS,
     workers: int = 2,
 ) -> None:
-    """Train every arm with every seed and every pair of rates, and keep the results as they come.
+    """Train every arm with every seed and every rate, and keep the results as they come.
 
     Args:
         text: Folder of parquet, jsonl or text; its own validation split is what is measured on.
@@ -32,22 +31,28 @@ def train(
         arms: Which arms.
         tokens: Of every training.
         seeds: Of initial weights and order of data.
-        matrix_lr: Rates of the matrices.
-        unembedding_lr: Rates of the heads.
+        rates: Factors of the learning rates of matrices and heads; none: for every arm, or its nearest relative, the
+            best of those tried on 5M tokens.
         results: Where results are kept.
         workers: Trainings at a time, one thread each.
     """
+    from benchmarks.gap.report import choose_rates, load_results
     from benchmarks.gap.training import train_all
 
     if unknown := [arm for arm in arms if arm not in ARMS]:
         raise UserError(f"unknown arm {', '.join(unknown)}: arms are {', '.join(ARMS)}")
     results.mkdir(parents=True, exist_ok=True)
+    tried = {} if rates else choose_rates(load_results(results), steps_of(TUNING_TOKENS) * TOKENS_PER_STEP)
+    if missing := [arm for arm in arms if not rates and RELATIVES.get(arm, arm) not in tried]:
+        raise UserError(
+            f"no rates were tried for {', '.join(missing)}; try some first with --tokens {TUNING_TOKENS} "
+            "--seeds 0 --rates 0.5 1 2"
+        )
     jobs = [
-        Job(arm, tokens, seed, matrix, head)
+        Job(arm, tokens, seed, rate)
         for seed in seeds
         for arm in arms
-        for matrix in matrix_lr
-        for head in unembedding_lr
+        for rate in rates or (tried[RELATIVES.get(arm, arm)],)
     ]
     train_all(jobs, work, str(text), results, workers)
 
@@ -58,13 +63,12 @@ def one(
     arm: str,
     tokens: int,
     seed: int = 0,
-    matrix_lr: float = 0.02,
-    unembedding_lr: float = 0.008,
+    rate: float = 1.0,
 ) -> None:
     """Train and measure one arm in this process."""
     from benchmarks.gap.training import train as train_job
 
-    print(train_job(Job(arm, tokens, seed, matrix_lr, unembedding_lr), work, text))
+    print(train_job(Job(arm, tokens, seed, rate), work, text))
 
 
 def report(tokens: int = 20 * MILLION, results: Path = RESULTS, out: Path = RESULTS.parent / "results.json") -> None:
@@ -75,7 +79,6 @@ def report(tokens: int = 20 * MILLION, results: Path = RESULTS, out: Path = RESU
         results: Where results are kept.
         out: The file to write.
     """
-    from benchmarks.gap.arms import TOKENS_PER_STEP, steps_of
     from benchmarks.gap.report import write_summary
     from cognica_poe.cli.output import print_table
 

@@ -26,22 +26,26 @@ from cognica_poe.recipe.rules import check
 LAYERS, STAGES = 12, (3, 3, 3, 3)
 TOKENS_PER_STEP = 8192
 MILLION = 1_000_000
+TUNING_TOKENS = 5 * MILLION
+"""Budget at which the rates of an arm are tried."""
 
 MODEL = ModelRecipe(
     vocab_size=1024,
-    hidden_size=128,
-    intermediate_size=512,
+    hidden_size=64,
+    intermediate_size=256,
     num_hidden_layers=LAYERS,
     num_attention_heads=2,
     num_key_value_heads=2,
-    head_dim=64,
+    head_dim=32,
     max_position_embeddings=256,
     window_pattern="L",
     poe_stage_layers=STAGES,
-    stage_head_rank=32,
+    stage_head_rank=16,
 )
-"""Twelve layers that pay: backprop through all of them is more than 5 % better than through three (the gate)."""
+"""Twelve layers: the gate asks that backprop through all of them be 5 % better than through the first three."""
 
+TUNED = ("matrix_lr", "unembedding_lr")
+"""Learning rates that are tuned for every arm."""
 EARLY_EXITS = (0.2, 0.2, 0.2, 1.0)
 LAST_EXIT = (0.0, 0.0, 0.0, 1.0)
 
@@ -101,6 +105,10 @@ ARMS = {
 }
 
 
+RELATIVES = {"T2": "T3", "T4e": "T4", "T5": "T3", "T9": "T1"}
+"""Arms that take the rates tuned for another, their nearest relative."""
+
+
 @dataclass(frozen=True)
 class Job:
     """One training of an arm."""
@@ -108,14 +116,13 @@ class Job:
     arm: str
     tokens: int
     seed: int
-    matrix_lr: float = 0.02
-    unembedding_lr: float = 0.008
+    rate: float = 1.0
+    """Factor of the learning rates of the matrices and of the heads."""
 
     @property
     def name(self) -> str:
         """Of its run folder and its result."""
-        rates = f"-m{self.matrix_lr:g}-u{self.unembedding_lr:g}"
-        return f"{self.arm}-{self.tokens / MILLION:g}M{rates}-s{self.seed}"
+        return f"{self.arm}-{self.tokens / MILLION:g}M-r{self.rate:g}-s{self.seed}"
 
 
 def steps_of(tokens: int) -> int:
@@ -132,13 +139,14 @@ def base_recipe(text: str, seed: int) -> Recipe:
         training=TrainingRecipe(
             steps=1,
             batch_rows=TOKENS_PER_STEP // MODEL.max_position_embeddings,
-            micro_rows=8,
+            micro_rows=16,
             compute_dtype="bfloat16",
+            compile="on",
             checkpoint_every=100,
             keep_checkpoints=1,
             seed=seed,
             schedule=ScheduleRecipe(warmup_steps=1, momentum_warmup_steps=1),
-            optimizer=OptimizerRecipe(lr_scaling=False, weight_decay=0.1),
+            optimizer=OptimizerRecipe(lr_scaling=False, weight_decay=0.1, matrix_lr=0.02),
             guard=GuardRecipe(spike_sigma=0.0),  # no arm is helped along
         ),
         release=ReleaseRecipe(repo_id="cognica/gap", every=10**9, log_steps=False),
@@ -148,16 +156,14 @@ def base_recipe(text: str, seed: int) -> Recipe:
 def recipe_of(job: Job, text: str) -> Recipe:
     """The recipe of a job: its run has its own warm-up and its own end of warm-down."""
     arm, base = ARMS[job.arm], base_recipe(text, job.seed)
-    steps = steps_of(job.tokens)
+    steps, optimizer = steps_of(job.tokens), base.training.optimizer
     training = dataclasses.replace(
         base.training,
         steps=steps,
         objective=arm.objective,
         # All that takes time in a run scales with its length: a short run sees the same schedule.
         schedule=ScheduleRecipe(warmup_steps=max(1, steps // 40), momentum_warmup_steps=max(1, steps // 10)),
-        optimizer=dataclasses.replace(
-            base.training.optimizer, matrix_lr=job.matrix_lr, unembedding_lr=job.unembedding_lr
-        ),
+        optimizer=dataclasses.replace(optimizer, **{name: job.rate * getattr(optimizer, name) for name in TUNED}),
     )
     model = dataclasses.replace(base.model, **arm.model)
     return check(dataclasses.replace(base, name=job.name, model=model, training=training))

@@ -35,7 +35,7 @@ def evaluate(
     measured = measure_paths(model, tokenizer, texts, log=log)
     sums, agrees = measured.sums, measured.positions.agrees
     prompts = choose_prompts(tokenizer, texts, count=PROMPTS, tokens=PROMPT_TOKENS)
-    options = {"new_tokens": NEW_TOKENS, "draft_length": DRAFT_LENGTH}
+    options = {"new_tokens": NEW_TOKENS, "k_draft": DRAFT_LENGTH}
     drafted = [measure_acceptance(model, [prompt], **options) for prompt in prompts]
     log(f"drafted for {len(prompts)} prompts")
     steps = steps_of(job.tokens)
@@ -45,8 +45,7 @@ def evaluate(
         "arm": job.arm,
         "tokens": steps * TOKENS_PER_STEP,
         "seed": job.seed,
-        "matrix_lr": job.matrix_lr,
-        "unembedding_lr": job.unembedding_lr,
+        "rate": job.rate,
         "parameters": sum(p.numel() for p in model.parameters()),
         "bytes": [int(value) for value in sums.bytes],
         "targets": [int(value) for value in sums.targets],

@@ -50,14 +50,14 @@ def best_stage(result: Result) -> str:
     return min(stages, key=lambda name: bpb(result, name))
 
 
-def choose_rates(results: Sequence[Result], tokens: int) -> dict[str, tuple[float, float]]:
-    """Rates of the matrices and heads by arm: the best of those tried at ``tokens`` tokens."""
+def choose_rates(results: Sequence[Result], tokens: int) -> dict[str, float]:
+    """Factor of the learning rates by arm: the best of those tried at ``tokens`` tokens."""
     best: dict[str, Result] = {}
     for result in results:
         arm = result["arm"]
         if result["tokens"] == tokens and (arm not in best or bpb(result) < bpb(best[arm])):
             best[arm] = result
-    return {arm: (result["matrix_lr"], result["unembedding_lr"]) for arm, result in best.items()}
+    return {arm: result["rate"] for arm, result in best.items()}
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ def run_folder(job: Job, work: Path, text: str) -> Path:
 
 def train(job: Job, work: Path, text: str) -> Path:
     """Train and measure a job, as far as it is not done. Returns the file of its result."""
+    from cognica_poe.training.compilation import without_compilation
     from cognica_poe.training.trainer import Trainer
 
     run, recipe = run_folder(job, work, text), recipe_of(job, text)
@@ -67,7 +68,8 @@ def train(job: Job, work: Path, text: str) -> Path:
     trainer.start()
     first = trainer.step
     trainer.train()
-    write_json(result, evaluate(job, recipe, trainer.model, run, log))
+    with without_compilation():
+        write_json(result, evaluate(job, recipe, trainer.model, run, log))
     log(f"{job.name} is done")
     return result
 
@@ -97,8 +99,7 @@ def train_all(jobs: Sequence[Job], work: Path, text: str, results: Path, workers
 def _start(job: Job, work: Path, text: str) -> subprocess.Popen[bytes]:
     (work / "logs").mkdir(parents=True, exist_ok=True)
     words = [sys.executable, "-m", "benchmarks.gap", "one", "--work", str(work), "--text", text]
-    words += ["--arm", job.arm, "--tokens", str(job.tokens), "--seed", str(job.seed)]
-    words += ["--matrix-lr", repr(job.matrix_lr), "--unembedding-lr", repr(job.unembedding_lr)]
+    words += ["--arm", job.arm, "--tokens", str(job.tokens), "--seed", str(job.seed), "--rate", repr(job.rate)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with open(work / "logs" / f"{job.name}.txt", "ab") as out:
         return subprocess.Popen(words, stderr=out, stdout=out, env=environment, preexec_fn=lambda: os.nice(19))
