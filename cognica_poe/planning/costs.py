@@ -119,10 +119,14 @@ class Costs:
     # ---- work -----------------------------------------------------------------------------------------------------
 
     def product_flops_per_token(self) -> int:
-        """Forward and backward of every product with a weight: 6 per weight, 4 of an exit, which sends nothing back."""
-        heads = 1 if self.config.poe_mode == "none" else self.config.num_stages
-        matrix = self.config.vocab_size * self.config.hidden_size
-        return 6 * (self.muon_parameters + heads * matrix) + 4 * len(self.config.poe_exit_layers) * matrix
+        """Forward and backward of every product with a weight: 6 per weight, 4 of an exit, which sends nothing back.
+
+        ``residual_logop`` makes the logits of all earlier stages again for each stage's pool: 2 per weight.
+        """
+        K = self.config.num_stages
+        heads, matrix = 1 if self.config.poe_mode == "none" else K, self.config.vocab_size * self.config.hidden_size
+        again = K * (K - 1) // 2 if self.config.poe_mode == "residual_logop" else 0
+        return 6 * (self.muon_parameters + heads * matrix) + (4 * len(self.config.poe_exit_layers) + 2 * again) * matrix
 
     def flops_per_token(self) -> int:
         """Products, and attention over each layer's whole window, causality not discounted (the usual convention)."""

@@ -88,11 +88,12 @@ class ModelRecipe:
     """S short, L long window, tiled over the layers; the last layer is always long."""
     short_window: int | None = setting(None, low=1, high=LONGEST_CONTEXT)
     """Tokens before itself that a short layer sees; a quarter of the context, rounded up to 128, when omitted."""
-    poe_mode: Literal["flat", "hier", "none"] = "flat"
-    """flat: local losses; hier: deep supervision; none: ordinary backprop."""
+    poe_mode: Literal["flat", "hier", "none", "residual_logop"] = "flat"
+    """flat: local losses; hier: deep supervision; none: ordinary backprop; residual_logop: local losses of the pool so
+    far, in which the stages before are constants."""
     poe_alpha: float = setting(0.0, low=-10, high=10)
     """Exponent of the number of experts, in the loss and in the pool. In the loss it is a factor on every gradient, to
-    which Muon and AdamW are blind: what it changes is the pool."""
+    which Muon and AdamW are blind: what it changes is the pool, and so the losses of residual_logop."""
     poe_stage_layers: tuple[int, ...] = setting((16, 6, 5, 5), low=1, high=1024)
     """Layers of every stage."""
     per_stage_head: bool = True
@@ -232,7 +233,7 @@ class ObjectiveRecipe:
             return self.late_gradient_flow
         if self.gradient_flow is not None:
             return self.gradient_flow
-        return 0.0 if poe_mode == "flat" else 1.0
+        return 0.0 if poe_mode in ("flat", "residual_logop") else 1.0
 
 
 @dataclass(frozen=True)

@@ -148,6 +148,11 @@ def _objective_misfits(recipe: Recipe) -> Iterator[str]:
             "training.ranks.parallel stages needs a gradient flow of 0 or --training.objective.gradient-delay 1: where "
             "gradients cross at once, stages wait for each other"
         )
+    if recipe.training.ranks.parallel == "stages" and mode == "residual_logop":
+        yield (
+            "training.ranks.parallel stages cannot train residual_logop: a stage's loss needs the heads of all stages "
+            "before it, which other ranks hold; use rows"
+        )
     if recipe.training.ranks.parallel == "stages" and objective.error_feedback:
         yield "training.objective.error-feedback is not made for training.ranks.parallel stages: use rows"
 

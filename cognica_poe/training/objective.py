@@ -5,13 +5,15 @@ One family: at the end of stage k the trunk receives ``gamma_k`` times the gradi
 never detached, and the value is ``sum_k CE_k / K^(1-alpha)``. Exits inside stages add their own cross-entropies, each
 from detached states and through a head whose shared part is detached: what they send reaches their own heads alone.
 
-================  ==============================  ==================================================================
-``poe_mode``      ``beta``, ``gamma`` preset      what it is
-================  ==============================  ==================================================================
-``flat``          0, 1                            local losses: no gradient crosses the residual stream
-``hier``          1, 1                            deep supervision: full flow
-``none``          -                               ordinary backprop of the plain path, one head
-================  ==============================  ==================================================================
+==================  ============================  ==================================================================
+``poe_mode``        ``beta``, ``gamma`` preset    what it is
+==================  ============================  ==================================================================
+``flat``            0, 1                          local losses: no gradient crosses the residual stream
+``hier``            1, 1                          deep supervision: full flow
+``none``            -                             ordinary backprop of the plain path, one head
+``residual_logop``  0, 1                          as flat, but a stage's loss is that of its pool with the stages before
+                                                  it, which are constants in it: it learns what they lack
+==================  ============================  ==================================================================
 
 Where beta is 0, each stage's backward runs right after its forward and frees its activations: x0 enters every stage as
 a leaf whose gradient is summed over the stages and sent back through the embedding once. Elsewhere the stages are one
@@ -32,14 +34,13 @@ from cognica_poe.modeling.blocks_cognica_poe import Rotary, rmsnorm, rotary_fact
 from cognica_poe.modeling.modeling_cognica_poe import CognicaPoEForCausalLM
 from cognica_poe.recipe.fields import ObjectiveRecipe
 from cognica_poe.training.cross_entropy import softcap_cross_entropy
+from cognica_poe.training.residual import Member, residual_cross_entropy
 
 Masks = dict[str, Any]
 """Attention mask by layer type, in the form that the attention implementation wants."""
 
 States = dict[int, torch.Tensor]
 """Detached states ``[B, T, D]`` by exit."""
-
-TRAINABLE_MODES = ("flat", "hier", "none")
 
 
 class Objective:
@@ -63,10 +64,6 @@ class Objective:
         self.model, self.compute_dtype, self.recompute = model, compute_dtype, recompute
         self.config, self.options = model.config, options or ObjectiveRecipe()
         self.mode = self.config.poe_mode
-        if self.mode not in TRAINABLE_MODES:
-            raise ValueError(
-                f"poe_mode {self.mode!r} cannot be trained here; choose one of {', '.join(TRAINABLE_MODES)}"
-            )
         K = self.config.num_stages
         self.stage_scale = K ** (self.config.poe_alpha - 1.0)
         self.exit_weights = self.options.exit_weights or (1.0,) * K
@@ -75,6 +72,8 @@ class Objective:
         self.paths = 1 if self.mode == "none" else K
         """How many of the losses that ``backward`` returns are those of stages; those of exits come behind them."""
         self._context: tuple[tuple[torch.Size, torch.device], Rotary, Masks] | None = None
+        self._pool: list[Member] = []
+        """With ``residual_logop``, the stages of this micro-batch whose losses are computed, as constants."""
 
     @property
     def stage_by_stage(self) -> bool:
@@ -95,9 +94,10 @@ class Objective:
             scale: 1 / number of micro-batches under accumulation.
 
         Returns:
-            The detached mean cross-entropy in nats of every stage (``none``: of its one path), then of every exit,
-            ``[K + E]`` (``[1 + E]``).
+            The detached mean cross-entropy in nats of every stage (``none``: of its one path; ``residual_logop``: of
+            the pool so far), then of every exit, ``[K + E]`` (``[1 + E]``).
         """
+        self._pool.clear()
         device_type = inputs.device.type
         autocast = torch.autocast(device_type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16)
         if self.stage_by_stage:
@@ -219,10 +219,15 @@ class Objective:
         return x
 
     def _stage_loss(self, x: torch.Tensor, stage: int, targets: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy (scalar) of a stage's head, which teaches the trunk with the weight gamma of the exit."""
-        x = scale_gradient(x, self.exit_weights[stage])
-        n = rmsnorm(x, self.config.rms_norm_eps).flatten(0, 1)
-        return softcap_cross_entropy(n, self.model.head_weight(stage), targets, self.config.logit_softcap)
+        """Cross-entropy (scalar) of a stage's head, or of its pool with those before it, which teaches the trunk with
+        the weight gamma of the exit."""
+        x, config = scale_gradient(x, self.exit_weights[stage]), self.config
+        n, weight = rmsnorm(x, config.rms_norm_eps).flatten(0, 1), self.model.head_weight(stage)
+        if self.mode != "residual_logop":
+            return softcap_cross_entropy(n, weight, targets, config.logit_softcap)
+        loss = residual_cross_entropy(n, weight, targets, config.logit_softcap, config.poe_alpha, self._pool)
+        self._pool.append((n.detach(), weight.detach()))
+        return loss
 
     def _exit_losses(self, states: States, targets: torch.Tensor) -> list[torch.Tensor]:
         """Cross-entropies (scalars) of exits, which teach their own heads and nothing else."""

@@ -29,12 +29,26 @@ def stage_losses(model, inputs: torch.Tensor, targets: torch.Tensor, flow=None, 
         middle = model.run_layers(range(half), x, x0, ids, rotary, masks)
         x = model.run_layers(range(half, config.num_hidden_layers), middle, x0, ids, rotary, masks)
         return [loss(x - model.backout_lambda * middle, model.lm_head.weight)]
-    losses = []
-    flow = (0.0 if config.poe_mode == "flat" else 1.0) if flow is None else flow
+    losses, pooled = [], []
+    flow = (1.0 if config.poe_mode == "hier" else 0.0) if flow is None else flow
     for stage in range(config.num_stages):
         x = model.run_layers(config.stage_layers(stage), scaled(x, flow) if stage else x, x0, ids, rotary, masks)
-        losses.append(loss(scaled(x, weights[stage] if weights else 1.0), model.head_weight(stage)))
+        at_exit = scaled(x, weights[stage] if weights else 1.0)
+        if config.poe_mode == "residual_logop":
+            losses.append(pool_loss(config, at_exit, model.head_weight(stage), targets, pooled))
+        else:
+            losses.append(loss(at_exit, model.head_weight(stage)))
     return losses
+
+
+def pool_loss(config, x, weight, targets, pooled: list[torch.Tensor]) -> torch.Tensor:
+    """Cross-entropy of the combiner's pool of a stage and the log-probabilities before it, to which it adds its own."""
+    logits = rmsnorm(x, config.rms_norm_eps).flatten(0, 1) @ weight.T
+    own = torch.log_softmax(config.logit_softcap * torch.tanh(logits / config.logit_softcap), dim=-1)
+    members = torch.stack([*pooled, own])
+    pooled.append(own.detach())
+    score = len(members) ** config.poe_alpha * members.mean(dim=0)
+    return torch.nn.functional.cross_entropy(score, targets)
 
 
 def exit_losses(model, inputs: torch.Tensor, targets: torch.Tensor) -> list[torch.Tensor]:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from cognica_poe.recipe.fields import ObjectiveRecipe
 from cognica_poe.training.objective import Objective
 from tests.conftest import make_model
 from tests.oracles.objective import one_shot_loss, stage_losses
@@ -45,7 +46,7 @@ def one_graph(model, inputs, targets, scale=1.0):
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
 @pytest.mark.parametrize("stages", LAYOUTS)
-@pytest.mark.parametrize("mode", ["flat", "hier"])
+@pytest.mark.parametrize("mode", ["flat", "hier", "residual_logop"])
 def test_backward_equals_the_one_graph_objective(mode, stages, alpha):
     model = training_model(mode, stages, poe_alpha=alpha)
     inputs, targets = tokens()
@@ -99,7 +100,7 @@ def test_the_loss_is_that_of_the_models_own_logits(mode):
     torch.testing.assert_close(losses, expected[-1:] if mode == "none" else expected[:-1], atol=1e-10, rtol=0)
 
 
-@pytest.mark.parametrize("mode", ["flat", "hier", "none"])
+@pytest.mark.parametrize("mode", ["flat", "hier", "none", "residual_logop"])
 def test_scaled_micro_batches_accumulate_to_the_whole_batch(mode):
     model = training_model(mode)
     inputs, targets = tokens(rows=4)
@@ -110,7 +111,7 @@ def test_scaled_micro_batches_accumulate_to_the_whole_batch(mode):
     assert_same_gradients(accumulated(model), expected)
 
 
-@pytest.mark.parametrize("mode", ["flat", "hier", "none"])
+@pytest.mark.parametrize("mode", ["flat", "hier", "none", "residual_logop"])
 def test_windows_shorter_than_the_text(mode):
     """Three windows fit into the text; a longer window gives another gradient, so the window is really applied."""
     changes = {"short_window": 8, "window_pattern": "SL"}
@@ -215,13 +216,31 @@ def test_bf16_compute_keeps_fp32_gradients():
         assert torch.cosine_similarity(gradient.double().flatten(), expected[name].flatten(), dim=0) > 0.99, name
 
 
-def test_untrainable_mode_is_refused():
-    with pytest.raises(ValueError, match=r"'residual_logop' cannot be trained here; choose one of flat, hier, none"):
-        Objective(training_model("residual_logop"))
+def test_residual_losses_are_those_of_the_prefixes_that_decode():
+    """What a stage is trained on is the loss of the pool that ``max_stages`` gives."""
+    model = training_model("residual_logop", poe_alpha=0.5)
+    inputs, targets = tokens()
+    with torch.no_grad():
+        pools = [model.forward_aggregated(inputs, k + 1).flatten(0, 1) for k in range(3)]
+    expected = torch.stack([torch.nn.functional.nll_loss(pool.double(), targets.flatten()) for pool in pools])
+    losses = Objective(model).backward(inputs, targets)
+    torch.testing.assert_close(losses, expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("flow, weights", [(0.0, ()), (0.3, ()), (0.3, (0.2, 0.0, 1.0)), (1.0, (0.2, 0.0, 1.0))])
+def test_residual_pools_with_gradients_that_cross(flow, weights):
+    model = training_model("residual_logop")
+    inputs, targets = tokens()
+    one_shot_loss(model, inputs, targets, flow, weights).backward()
+    expected = accumulated(model)
+    model.zero_grad()
+    options = ObjectiveRecipe(gradient_flow=flow, exit_weights=weights)
+    Objective(model, options=options).backward(inputs, targets)
+    assert_same_gradients(accumulated(model), expected)
 
 
 @pytest.mark.parametrize("changes", [{}, {"per_stage_head": False}])
-@pytest.mark.parametrize("mode", ["flat", "hier", "none"])
+@pytest.mark.parametrize("mode", ["flat", "hier", "none", "residual_logop"])
 def test_sections_say_when_gradients_are_complete(mode, changes):
     """Measured with hooks: additions per parameter, and no section is complete before the one before it."""
     model = training_model(mode, **changes)

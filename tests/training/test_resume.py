@@ -217,3 +217,15 @@ def test_accumulation_does_not_change_the_gradient(fresh):
         assert other.keys() == gradients[0].keys()
         for name, value in gradients[0].items():
             torch.testing.assert_close(other[name], value, rtol=1e-10, atol=1e-12)
+
+
+def test_residual_pools_train_and_resume(fresh):
+    """What is journalled last is the loss of the whole pool, and it falls; a run that stops midway loses nothing."""
+    _, whole = fresh("whole", poe_mode="residual_logop")
+    _, killed = fresh("killed", poe_mode="residual_logop")
+    assert train(whole) == 0
+    assert train(killed, 10) == -signal.SIGKILL
+    assert train(killed) == 0
+    assert_equal_runs(whole, killed)
+    losses = [json.loads(line)["loss_stages"] for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert losses[-1][-1] < losses[0][-1] - 0.1

@@ -113,6 +113,8 @@ class StageParallelObjective(Objective):
         options: ObjectiveRecipe | None = None,
     ):
         super().__init__(model, compute_dtype, recompute, options)
+        if self.mode == "residual_logop":
+            raise UserError("stage-parallel training cannot train residual_logop: a stage needs the heads before it")
         if not self.stage_by_stage or (self.options.late_gradient_flow or 0.0) > 0.0:
             raise UserError(
                 "stage-parallel training needs poe_mode flat without gradient flow, or gradients that come a step late "

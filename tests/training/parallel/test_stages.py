@@ -1,11 +1,15 @@
 """Stages on ranks of their own: the weights of one process, and nothing sent backward."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from cognica_poe.errors import UserError
 from cognica_poe.recipe.fields import ObjectiveRecipe, OptimizerRecipe
+from cognica_poe.recipe.named import RECIPES
+from cognica_poe.recipe.rules import check_run
 from cognica_poe.training.objective import Objective
 from cognica_poe.training.optim.optimizer import MuonAdamW
 from cognica_poe.training.parallel.ranks import Ranks
@@ -215,3 +219,13 @@ def test_stages_are_shared_out_by_work():
 def test_stages_that_send_gradients_are_not_trained_apart(mode, options):
     with pytest.raises(UserError, match="needs poe_mode flat without gradient flow"):
         StageParallelObjective(make_model(poe_mode=mode), torch.float32, Ranks(0, 2), options=options)
+
+
+def test_a_pool_over_stages_of_other_ranks_is_refused():
+    with pytest.raises(UserError, match="cannot train residual_logop"):
+        StageParallelObjective(make_model(poe_mode="residual_logop"), torch.float32, Ranks(0, 2))
+    recipe = RECIPES["tiny"]
+    model = dataclasses.replace(recipe.model, poe_mode="residual_logop")
+    ranks = dataclasses.replace(recipe.training.ranks, parallel="stages")
+    with pytest.raises(UserError, match="cannot train residual_logop"):
+        check_run(dataclasses.replace(recipe, model=model, training=dataclasses.replace(recipe.training, ranks=ranks)))
