@@ -1,4 +1,4 @@
-"""Stages on ranks of their own though gradients cross them: nobody waits, since updates come a step late.
+"""Stages on ranks of their own though gradients cross them: no rank waits for one, since updates come a step late.
 
 Every rank runs its stages of all rows, as in ``stages``. Boundary states go down the line and their gradients come
 back, one forward and one backward in turn (1F1B); rank r of N has ``2 (N - 1 - r)`` micro-batches under way. At the end
@@ -6,8 +6,8 @@ of a step some of them still miss their backward. They get it within the next st
 with: the gradient that is complete at the end of step t is that of step t - 1, and the update with it makes the weights
 of step t + 1 (PipeDream-2BW, arXiv 2006.09503)::
 
-    rank 0   F0 F1 F2B0 F3B1 | F0B2 F1B3 F2B0 F3B1 |     steps of 4 micro-batches: | ends one
-    rank 1   .  F0B0 F1B1 F2B2 F3B3 | F0B0 ...           idle: the N - 1 forwards before the first step
+    rank 0   F0 F1 F2B0 F3B1 . | F0B2 F1B3 F2B0 F3B1 . |   steps of 4 micro-batches: | ends one, where all ranks meet
+    rank 1   . F0B0 F1B1 F2B2 F3B3 | . F0B0 F1B1 ...       idle per step: N - 1 forwards, as with local losses
 
 That needs at least ``2 (N - 1)`` micro-batches in a step, two copies of the weights to run with beside those that are
 updated, and the activations of the micro-batches under way. The weights are those of one process with
