@@ -26,7 +26,7 @@ from cognica_poe.seals import read_sealed, require_made_from, write_sealed
 from cognica_poe.training.build import build_model
 from cognica_poe.training.checkpoint import CheckpointFolder
 from cognica_poe.training.initial import read_origin
-from cognica_poe.training.journal import Journal
+from cognica_poe.training.journal import Journal, read_records
 from cognica_poe.training.lineage import require_parts
 from cognica_poe.training.precision import default_device
 from cognica_poe.training.preparation import prepare
@@ -132,21 +132,59 @@ def export_step(run: Path, recipe: Recipe, model: Any, step: int, log: Log, out:
     record = read_record(file)
     found = record.made_from.model_dump() if record.made_from else {}
     require_made_from(found, parts, file, "analyze the step again")
-    manifest = load_manifest(Path(run) / "data").model_dump(mode="json")
-    data = {key: manifest[key] for key in ("mix", "sources")}
+    folder = release_folder(run, step, out)
+    before = [Path(run) / "release" / f"step-{earlier}" for earlier in exported_steps(run) if earlier < step]
     return export_release(
         model,
         Path(run) / "tokenizer",
-        release_folder(run, step, out),
+        folder,
         record=record.model_dump(mode="json"),
         wand_bounds=record.wand_bounds,
         name=recipe.release.repo_id.split("/")[-1],
         step=step,
         repo_id=recipe.release.repo_id,
-        about={**_started_from(run), "data": data, "made_from": parts},
+        about={**_started_from(run), **describe(run, recipe, step), "made_from": parts},
         sums=sums_path(file) if record.sums is not None else None,
+        earlier=before,
         log=log,
     )
+
+
+def describe(run: Path, recipe: Recipe, step: int) -> dict[str, Any]:
+    """What the card of ``step`` says beside its record: data, training, parameters, where the run stood."""
+    from cognica_poe.planning.parameters import count_parameters
+    from cognica_poe.release import history
+
+    manifest = load_manifest(Path(run) / "data").model_dump(mode="json")
+    rows = history.by_step(read_records(Path(run) / "metrics.jsonl"))
+    rows = [row for row in rows if row["step"] <= step]
+    training, counted = recipe.training, count_parameters(recipe)
+    batch = training.batch_rows * recipe.model.max_position_embeddings
+    found = {
+        "data": {key: manifest[key] for key in ("mix", "sources")},
+        "languages": sorted({name for source in manifest["sources"] for name in source.get("languages") or []}) or None,
+        "progress": history.progress_at(rows, step, training.steps),
+        "parameter_groups": counted["groups"],
+        "training": {
+            "recipe": recipe.name,
+            "steps": training.steps,
+            "batch_tokens": batch,
+            "tokens": batch * training.steps,
+            "tokens_per_parameter": batch * training.steps / counted["total"],
+            "seed": training.seed,
+            "settings": {**dataclasses.asdict(training), "case_aug_prob": recipe.data.case_aug_prob},
+        },
+    }
+    measured = history.validations(rows)
+    if measured:
+        kept = ("step", "full", "stage", "prefix", "plain")
+        found["validation_in_training"] = {
+            **{key: measured[-1].get(key) for key in ("documents", "bytes", "sha256")},
+            "share_of_time": history.share_of_time(rows),
+            "rows": [{key: row.get(key) for key in kept} for row in measured],
+            "minima": [list(item) for item in history.minima(measured)],
+        }
+    return found
 
 
 def _started_from(run: Path) -> dict[str, Any]:

@@ -57,32 +57,50 @@ class _Figure:
     documents: float
 
 
+Figures = Mapping[int, Mapping[str, _Figure]]
+"""By step, then by name: what ``figures_of`` made, for several calls of ``changes``."""
+
+
+def figures_of(records: Sequence[Mapping[str, Any]], sums: Mapping[int, Sums], *, seed: int = 0) -> Figures:
+    """The resampled figures of every record with sums; ``seed``: of the bootstrap."""
+    return {r["step"]: _figures(r, sums[r["step"]], seed) if r["step"] in sums else {} for r in records}
+
+
 def changes(
-    records: Sequence[Mapping[str, Any]], sums: Mapping[int, Sums], *, seed: int = 0
+    records: Sequence[Mapping[str, Any]],
+    sums: Mapping[int, Sums],
+    *,
+    seed: int = 0,
+    base: int | None = None,
+    figures: Figures | None = None,
 ) -> tuple[dict[int, StepChanges], dict[str, int]]:
     """Changes by step, and the number of comparisons by table.
 
     Args:
         records: in the JSON layout, any order; each is compared with the one of the next lower step.
-        sums: by step; a record without sums, or of another slice or shape than the one before it, has no changes.
+        sums: by step; a record without sums, or of another slice or shape than its base, has no changes.
         seed: of the bootstrap.
+        base: compare the records after this step with the one of this step instead.
+        figures: of these records, where they are known already.
     """
+    known = figures or figures_of(records, sums, seed=seed)
     found: dict[int, StepChanges] = {}
     before: Mapping[str, Any] | None = None
-    known: dict[str, _Figure] = {}
     for record in sorted(records, key=lambda record: record["step"]):
         step = record["step"]
-        figures = _figures(record, sums[step], seed) if step in sums else {}
         if before is None:
-            found[step] = StepChanges(reason="first record")
-        elif reason := _apart(before, record, sums):
+            if base is None or step == base:
+                found[step], before = StepChanges(reason="first record" if base is None else "base"), record
+            continue
+        if reason := _apart(before, record, sums):
             found[step] = StepChanges(before["step"], reason)
         else:
-            pairs = {name: (known[name], figure) for name, figure in figures.items() if name in known}
+            first = known[before["step"]]
+            pairs = {name: (first[name], figure) for name, figure in known[step].items() if name in first}
             if not _same_drafts(before, record):
                 pairs.pop("acceptance", None)
             found[step] = StepChanges(before["step"], None, {name: _change(*pair) for name, pair in pairs.items()})
-        before, known = record, figures
+        before = record if base is None else before
     return _label(found)
 
 

@@ -2,7 +2,8 @@
 
 ``model.safetensors``, ``config.json`` (with this step's WAND bounds and the auto_map), ``generation_config.json``, the
 tokenizer, the model code (the same bytes in every revision), ``analysis.json`` and the sums behind it,
-``release.json``, ``README.md`` (the card, rendered from the two), ``LICENSE`` and ``MANIFEST.sha256``.
+``release.json``, the trajectory up to this step, ``README.md`` (the card, rendered from these), ``LICENSE``, ``NOTICE``
+and ``MANIFEST.sha256``.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from cognica_poe.files import (
     write_json,
 )
 from cognica_poe.release.card.markdown import render_card
+from cognica_poe.release.checkpoints import TABLE, TRAJECTORY, Line, as_csv, as_jsonl, line_of
 from cognica_poe.release.contents import check_contents
 from cognica_poe.seals import require_sha256
 
@@ -83,6 +85,7 @@ def export_release(
     repo_id: str | None = None,
     about: Mapping[str, Any] | None = None,
     sums: Path | None = None,
+    earlier: Sequence[Path] = (),
     dtype: str = "float32",
     log: Callable[[str], None] = lambda line: None,
 ) -> Path:
@@ -90,9 +93,10 @@ def export_release(
 
     ``record``: the step's analysis record (JSON layout). ``wand_bounds`` [K-1], nats, go into the config. ``about``:
     what the card says beside the record (``license``, ``languages``, ``description``, ``data``). ``sums``: the file
-    beside the record, where there is one. ``dtype``: of the stored weights. The model is left as it was. Raises
-    UserError when ``out`` holds anything but a release, when record, bounds, tokenizer and weights do not belong
-    together, or the written folder does not give back the same weights and logits.
+    beside the record, where there is one. ``earlier``: release folders of steps before this one, for its trajectory.
+    ``dtype``: of the stored weights. The model is left as it was. Raises UserError when ``out`` holds anything but a
+    release, when record, bounds, tokenizer and weights do not belong together, or the written folder does not give
+    back the same weights and logits.
     """
     out = Path(out)
     require_replaceable(out, "release")
@@ -117,18 +121,32 @@ def export_release(
             require_sha256(sums, data.get("documents_sha256") or "that of no sums", "sums", "analyze this step again")
             write_bytes(folder / SUMS, sums.read_bytes())
         write_json(folder / "release.json", _plain(described))
+        lines = [*map(_line_of_folder, earlier), line_of(data, described, sha256_file(folder / WEIGHTS))]
+        write_bytes(folder / TRAJECTORY, as_jsonl(lines))
+        write_bytes(folder / TABLE, as_csv(lines))
         write_bytes(folder / "README.md", card_of(folder).encode())
-        write_bytes(folder / "LICENSE", _license().encode())
+        for name in ("LICENSE", "NOTICE"):
+            write_bytes(folder / name, _notice(name).encode())
     check_release(out)
     log(f"release: step {step} written to {out} ({size / 1e6:.1f} MB of weights, {dtype})")
     return out
 
 
+def _line_of_folder(folder: Path) -> Line:
+    """The line of an earlier step, whose commit its folder does not know."""
+    record = read_json(folder / "analysis.json", "analysis record")
+    about = read_json(folder / "release.json", "release description")
+    return line_of(record, about, Manifest.read(folder).digests[WEIGHTS])
+
+
 def card_of(folder: Path) -> str:
-    """The card of a release folder, rendered from its ``analysis.json``, ``release.json`` and ``config.json``."""
+    """The card of a release folder, rendered from its ``analysis.json``, ``release.json``, ``config.json`` and
+    ``trajectory.jsonl``."""
     about = read_json(folder / "release.json", "release description")
     config = read_json(folder / "config.json", "model configuration")
-    return render_card([read_json(folder / "analysis.json", "analysis record")], {**about, "config": config})
+    lines = [json.loads(line) for line in (folder / TRAJECTORY).read_text(encoding="utf-8").splitlines()]
+    record = read_json(folder / "analysis.json", "analysis record")
+    return render_card([record], {**about, "config": config, "trajectory": lines})
 
 
 def check_release(path: Path, *, to_load: bool = False) -> Release:
@@ -262,12 +280,12 @@ def _check_weights(file: Path) -> None:
         raise UserError(f"{file} holds no tensor; export it again")
 
 
-def _license() -> str:
-    """The Apache-2.0 text, from the source tree or the installed package."""
+def _notice(name: str) -> str:
+    """``LICENSE`` or ``NOTICE``, from the source tree or the installed package."""
     from importlib import metadata
 
-    installed = [Path(file.locate()) for file in metadata.files("cognica-poe") or [] if file.name == "LICENSE"]
-    for file in [Path(__file__).parents[2] / "LICENSE", *installed]:
+    installed = [Path(file.locate()) for file in metadata.files("cognica-poe") or [] if file.name == name]
+    for file in [Path(__file__).parents[2] / name, *installed]:
         if file.is_file() and file.stat().st_size:
             return file.read_text(encoding="utf-8")
-    raise UserError("the package's LICENSE file is missing: install cognica-poe again")
+    raise UserError(f"the package's {name} file is missing: install cognica-poe again")

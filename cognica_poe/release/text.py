@@ -16,8 +16,15 @@ MISSING = "\u2013"
 """What a table shows where a record has no number."""
 
 _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
-_MARKDOWN = set("\\`*_[]()<>#!|~$&@:^")
-_LINE_START = re.compile(r"^(?:[-+=]|\d+(?=[.)]))")
+_MARKUP = re.compile(
+    r"[\\`*\[\]<|~$]"  # anywhere
+    r"|(?<![0-9A-Za-z])_|_(?![0-9A-Za-z])"  # emphasis, which an underscore within a word is not
+    r"|&(?=#?\w+;)"  # an entity
+    r"|(?<=[A-Za-z]):(?=//)|(?<=\bwww)\.",  # what GitHub's dialect makes a link of
+    re.IGNORECASE,
+)
+_OPENS_A_LINE = re.compile(r"^(?:\d{1,9}(?=[.)](?:\s|$))|(?=[-+](?:\s|$))|(?=[-=]{2}|[#>=]))")
+_WIDEST = 60  # columns that a table pads to: beyond them a cell is text, which need not line up
 _MARKS_IN_A_ROW = 4
 
 
@@ -42,18 +49,16 @@ def visible(text: object, limit: int = 240) -> str:
 
 
 def markdown_text(text: object, limit: int = 240) -> str:
-    """``visible(text)`` for a place inside Markdown, a table cell included: every character that could be markup
-    becomes a numeric entity, which CommonMark never reads as structure."""
-    shown = visible(text, limit)
-    for prefix in ("www.", "WWW."):  # a bare www. becomes a link in GitHub's dialect
-        shown = shown.replace(prefix, prefix[:-1] + "\0")
-    escaped = "".join(f"&#{ord(character)};" if character in _MARKDOWN else character for character in shown)
-    escaped = escaped.replace("\0", "&#46;").strip()
-    start = _LINE_START.match(escaped)  # a list or an underline, where the text opens a line
-    if start:
-        last = start.end() - 1
-        escaped = f"{escaped[:last]}&#{ord(escaped[last])};{escaped[last + 1 :]}"
-    return escaped or "&nbsp;"
+    """``visible(text)`` for a place inside Markdown, a table cell included: what could be markup there gets a
+    backslash, which CommonMark does not show, and the rest stays as it is, readable in a terminal too."""
+    escaped = _MARKUP.sub(r"\\\g<0>", visible(text, limit).strip())
+    start = _OPENS_A_LINE.match(escaped)  # a list, a heading or an underline, where the text opens a line
+    return f"{escaped[: start.end()]}\\{escaped[start.end() :]}" if start else escaped
+
+
+def markdown_code(value: object, limit: int = 240) -> str:
+    """``visible(value)`` as a span of code, which may stand in a table cell."""
+    return f"`{visible(value, limit).replace('`', chr(39)).replace('|', chr(92) + '|')}`"
 
 
 def html_text(text: object, limit: int = 240) -> str:
@@ -96,11 +101,27 @@ def interval(bounds: object, digits: int = 4) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], align: str = "") -> str:
-    """A pipe table. ``align`` has one of ``l`` or ``r`` per column (default: first left, others right).
+    """A pipe table whose columns line up. ``align`` has one of ``l`` or ``r`` per column (default: first left, others
+    right).
 
-    Cells must be safe already: numbers from this module, or ``markdown_text``.
+    Cells must be safe already: numbers from this module, ``markdown_text`` or ``markdown_code``.
     """
     align = align or "l" + "r" * (len(header) - 1)
-    rule = ["---:" if side == "r" else ":---" for side in align]
-    lines = [header, rule, *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    lines = [list(header), *(list(row) for row in rows)]
+    widths = [min(_WIDEST, max(4, *map(_columns, column))) for column in zip(*lines, strict=True)]
+    rule = ["-" * (width - 1) + ":" if side == "r" else ":" + "-" * (width - 1)
+            for side, width in zip(align, widths, strict=True)]  # fmt: skip
+    padded = [[_pad(cell, width, side) for cell, width, side in zip(line, widths, align, strict=True)]
+              for line in lines]  # fmt: skip
+    return "\n".join("| " + " | ".join(line) + " |" for line in [padded[0], rule, *padded[1:]])
+
+
+def _columns(cell: str) -> int:
+    """Columns of a terminal that a cell takes."""
+    wide = sum(unicodedata.east_asian_width(character) in "WF" for character in cell)
+    return len(cell) + wide - sum(unicodedata.category(character) in ("Mn", "Me") for character in cell)
+
+
+def _pad(cell: str, width: int, side: str) -> str:
+    space = " " * max(0, width - _columns(cell))
+    return space + cell if side == "r" else cell + space

@@ -1,7 +1,7 @@
 """The rows of a trajectory table: every step, its record where there is one, and the changes since the record before.
 
-Changes are computed here, when a table is made, from what each record keeps: the order in which steps were measured
-does not matter.
+Cumulative changes, all since one step, are a second set of rows. All are computed here, when a table is made, from what
+each record keeps: the order in which steps were measured does not matter.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cognica_poe.analysis.changes import Change, StepChanges, changes
+from cognica_poe.analysis.changes import Change, StepChanges, changes, figures_of
 from cognica_poe.analysis.sums import Sums
+from cognica_poe.errors import UserError
 from cognica_poe.release.text import MISSING, count, signed
 
 NO_RECORD = "no record"
@@ -50,13 +51,32 @@ class Trajectory:
 
     rows: list[Row]
     comparisons: Mapping[str, int]
+    since: Trajectory | None = None
+    """The same records, all against one of them."""
 
     @classmethod
     def of(
-        cls, records: Sequence[Mapping[str, Any]], sums: Mapping[int, Sums], missing: Mapping[int, str] | None = None
+        cls,
+        records: Sequence[Mapping[str, Any]],
+        sums: Mapping[int, Sums],
+        missing: Mapping[int, str] | None = None,
+        base: int | None = None,
     ) -> Trajectory:
-        """Of records in any order, one per step; ``missing``: released steps without one, and why."""
-        found, comparisons = changes(records, sums)
+        """Of records in any order, one per step.
+
+        ``missing``: released steps without one, and why. ``base``: the step that cumulative changes start from, the
+        first record's when omitted. Raises UserError when it has no record.
+        """
+        steps = sorted(record["step"] for record in records)
+        if base is not None and base not in steps:
+            raise UserError(f"step {base} has no record: changes can be taken since {', '.join(map(str, steps))}")
+        figures = figures_of(records, sums)
+        found, comparisons = changes(records, sums, figures=figures)
+        cumulative = None
+        if len(steps) > 2 or base is not None:  # of two records the only change is the cumulative one
+            whole, number = changes(records, sums, base=steps[0] if base is None else base, figures=figures)
+            rows = [Row(record["step"], record, whole[record["step"]]) for record in records if record["step"] in whole]
+            cumulative = cls(sorted(rows, key=lambda row: row.step), number)
         rows = [Row(record["step"], record, found[record["step"]]) for record in records]
         known = {row.step for row in rows}
         rows += [
@@ -64,7 +84,7 @@ class Trajectory:
             for step, note in (missing or {}).items()
             if step not in known
         ]
-        return cls(sorted(rows, key=lambda row: row.step), comparisons)
+        return cls(sorted(rows, key=lambda row: row.step), comparisons, cumulative)
 
     @property
     def records(self) -> list[Mapping[str, Any]]:

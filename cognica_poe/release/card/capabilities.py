@@ -67,7 +67,9 @@ def capabilities(records: Sequence[Mapping[str, Any]]) -> str:
     found = Capabilities.of(records, markdown_text)
     if not found.prompts:
         return ""
-    header = ["step", *(markdown_text(name, 60) for name in found.columns)]
+    number = len(found.prompts)
+    header = ["step", *map(str, range(1, number + 1)), *(markdown_text(name, 60) for name in found.columns[number:])]
     rows = [[count(step), *cells] for step, cells in found.rows]
     table = markdown_table(header, rows, "r" + "l" * len(found.columns))
-    return f"## Capabilities\n\n{anecdote(found.prompts)}\n\n{table}"
+    named = "\n".join(f"{place}. {markdown_text(prompt)}" for place, prompt in enumerate(found.prompts, start=1))
+    return f"## Capabilities\n\n{anecdote(found.prompts)}\n\n{named}\n\n{table}"

@@ -12,14 +12,17 @@ from typing import Any
 
 from cognica_poe.analysis.sums import Sums
 from cognica_poe.errors import UserError
-from cognica_poe.release.card import series, tables
+from cognica_poe.release.card import series, tables, training
 from cognica_poe.release.card.capabilities import capabilities
 from cognica_poe.release.card.exits import exits
+from cognica_poe.release.card.findings import findings
 from cognica_poe.release.card.readings import Record
+from cognica_poe.release.card.related import related
 from cognica_poe.release.card.tables import is_pool, stage_count
-from cognica_poe.release.text import MISSING, count, markdown_table, markdown_text, percent, visible
+from cognica_poe.release.text import MISSING, count, markdown_code, markdown_table, markdown_text, percent, visible
 from cognica_poe.release.trajectory import NO_RECORD, Trajectory
 
+_CHINCHILLA = 20.0  # tokens per parameter
 _CITATION = """```bibtex
 @misc{jeong2026poe,
   author    = {Jeong, Jaepil},
@@ -53,14 +56,22 @@ def render_card(records: Sequence[Record], release: Mapping[str, Any], sums: Map
         _introduction(latest, release, len(records) == 1),
         _how_to_load(records, release),
         _architecture(latest, release),
+        training.stage_layout(latest),
+        training.parameter_groups(release),
+        training.training_table(release),
+        _data(latest, release),
+        training.checkpoints(release),
+        training.loss_history(release),
         tables.measurements(latest),
         *(section.markdown() for section in series.sections(trajectory, release)),
+        _findings(trajectory),
         exits(release),
         tables.baselines(latest),
         capabilities(records),
         tables.probes(latest),
-        _data(latest, release),
-        _closing(latest),
+        _limits(latest),
+        related(str((release.get("training") or {}).get("recipe", ""))),
+        _closing(release),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -68,9 +79,13 @@ def render_card(records: Sequence[Record], release: Mapping[str, Any], sums: Map
 def _front_matter(record: Record, release: Mapping[str, Any]) -> str:
     from huggingface_hub import ModelCardData
 
-    tags = ["causal-lm", "pretraining"]
+    tags = ["causal-lm", "pretraining", "nanochat"]
     if is_pool(record):
         tags += ["product-of-experts", "per-stage-head", "local-learning", "early-exit", "speculative-decoding"]
+    if len(set(record["model"].get("stage_layers") or [])) > 1:
+        tags.append("asymmetric-stages")
+    if ((release.get("training") or {}).get("tokens_per_parameter") or 0.0) >= _CHINCHILLA:
+        tags.append("chinchilla")
     data = ModelCardData(
         license=release.get("license", "apache-2.0"),
         language=release.get("languages") or None,
@@ -96,7 +111,7 @@ def _introduction(record: Record, release: Mapping[str, Any], alone: bool) -> st
         )
     if release.get("description"):
         lines += ["", markdown_text(release["description"], 2000)]
-    sources = "`analysis.json`, `release.json` and `config.json`"
+    sources = "`analysis.json`, `release.json`, `config.json` and `trajectory.jsonl`"
     sources += " of this revision" if alone else " of every revision"
     lines += [
         "",
@@ -149,8 +164,9 @@ def _modes(record: Record) -> str:
 
 _CONFIG_FIELDS = (
     "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
-    "max_position_embeddings", "vocab_size", "window_pattern", "rope_theta", "poe_mode", "poe_alpha",
-    "poe_stage_layers", "per_stage_head", "poe_exit_layers",
+    "max_position_embeddings", "vocab_size", "window_pattern", "short_window", "rope_theta", "hidden_act",
+    "rms_norm_eps", "tie_word_embeddings", "poe_mode", "poe_alpha", "poe_stage_layers", "per_stage_head",
+    "stage_head_rank", "poe_head_count", "poe_exit_layers", "poe_wand_p99_bounds_per_stage_head",
 )  # fmt: skip
 
 
@@ -158,10 +174,10 @@ def _architecture(record: Record, release: Mapping[str, Any]) -> str:
     config = release.get("config") or {}
     rows = [("parameters", count(record["model"].get("parameters")))]
     shown = [name for name in _CONFIG_FIELDS if name in config and config[name] != []]
-    rows += [(f"`{name}`", markdown_text(config[name])) for name in shown]
+    rows += [(f"`{name}`", markdown_code(config[name])) for name in shown]
     if not config:
-        rows.append(("stage layers", markdown_text(record["model"].get("stage_layers"))))
-    return "## Architecture\n\n" + markdown_table(("field", "value"), rows)
+        rows.append(("stage layers", markdown_code(record["model"].get("stage_layers"))))
+    return "## Architecture\n\n" + markdown_table(("field", "value"), rows, "ll")
 
 
 _SOURCE_FIELDS = {  # of ``tables.source_rows``, and whether the column is text
@@ -185,7 +201,7 @@ def _data(record: Record, release: Mapping[str, Any]) -> str:
             "",
             f"Validation: {tables.validation_text(validation)}, {count(validation.get('bytes'))} bytes, "
             f"{count(validation.get('tokens'))} tokens; slice sha256 "
-            f"`{markdown_text(validation.get('sha256', MISSING), 64)}`.",
+            f"{markdown_code(validation.get('sha256', MISSING), 64)}.",
         ]
     return "\n".join(lines) if len(lines) > 1 else ""
 
@@ -198,17 +214,32 @@ def _cell(key: str, value: Any) -> str:
     return count(value) if isinstance(value, (int, float)) else markdown_text(MISSING if value is None else value)
 
 
-def _closing(record: Record) -> str:
+def _findings(trajectory: Trajectory) -> str:
+    told = findings(trajectory)
+    if not told:
+        return ""
+    text = (
+        "Made from the labelled changes of the tables above, with their paired 95 % intervals; what a table calls "
+        "noise is named, not told."
+    )
+    return "## Findings by checkpoint\n\n" + "\n".join([text, "", *(f"- {found.text}" for found in told)])
+
+
+def _limits(record: Record) -> str:
     versions = record.get("versions") or {}
     made = ", ".join(f"{markdown_text(name)} {markdown_text(version)}" for name, version in sorted(versions.items()))
     made = f"\n\nMeasured with {made}." if made else ""
     return f"""## Limits
 
 A pretrained base model: it continues text and follows no instruction, repeats what its data says, true or not, and is
-not fit for decisions about people.{made}
+not fit for decisions about people. Its figures stand for one training, with one seed, and for the text named above;
+the probes are an anecdote.{made}"""
 
-## Licence and citation
 
-See `LICENSE`. If you use this release, please cite the companion paper:
+def _closing(release: Mapping[str, Any]) -> str:
+    licence = markdown_text(release.get("license", "apache-2.0"))
+    return f"""## Licence and citation
+
+{licence}: see `LICENSE` and `NOTICE`. If you use this release, please cite the companion paper:
 
 {_CITATION}"""

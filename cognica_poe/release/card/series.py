@@ -2,39 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
+from cognica_poe.release.card.findings import cumulative, milestone_table
 from cognica_poe.release.card.readings import Record, comparisons, routing_reading, speed_figures
+from cognica_poe.release.card.section import Section, over_steps
 from cognica_poe.release.card.tables import stage_count
-from cognica_poe.release.text import MISSING, count, interval, markdown_table, number, percent
+from cognica_poe.release.text import MISSING, count, interval, number, percent
 from cognica_poe.release.trajectory import Row, Trajectory
-
-Cells = Callable[[Row, Record], list[str]]
-
-
-@dataclass(frozen=True)
-class Section:
-    """A table over steps; cells and texts are our own words and numbers, plain text without markup."""
-
-    title: str
-    text: str
-    header: list[str]
-    rows: list[list[str]]
-    note: str
-    """How its changes were labelled; None where it has none."""
-
-    def markdown(self) -> str:
-        """The section of a card."""
-        table = markdown_table(self.header, self.rows, "r" * len(self.header))
-        return "\n\n".join(part for part in (f"## {self.title}", self.text, table, self.note) if part)
 
 
 def sections(trajectory: Trajectory, release: Mapping[str, Any]) -> list[Section]:
     """Every table over steps that the records have figures for."""
     found = [
         trajectory_table(trajectory, release),
+        cumulative(trajectory),
+        milestone_table(trajectory),
         accuracy(trajectory),
         pool_against_parts(trajectory),
         bounds(trajectory),
@@ -43,21 +27,6 @@ def sections(trajectory: Trajectory, release: Mapping[str, Any]) -> list[Section
         speeds(trajectory),
     ]
     return [section for section in found if section is not None]
-
-
-def _table(
-    title: str, text: str, header: list[str], trajectory: Trajectory, cells: Cells, changes: str = ""
-) -> Section:
-    """A section: ``cells`` after the step of every row, a note and dashes where there is no record, and how the
-    changes of table ``changes`` were labelled."""
-    rows = []
-    for row in trajectory.rows:
-        if row.record is None:
-            rows.append([count(row.step), row.note, *[MISSING] * (len(header) - 1)])
-        else:
-            rows.append([count(row.step), *cells(row, row.record)])
-    note = trajectory.note(changes) if changes and len(trajectory.rows) > 1 else ""
-    return Section(title, text, ["step", *header], rows, note)
 
 
 def trajectory_table(trajectory: Trajectory, release: Mapping[str, Any]) -> Section:
@@ -76,7 +45,7 @@ def trajectory_table(trajectory: Trajectory, release: Mapping[str, Any]) -> Sect
         commit = revisions.get(row.step)
         return found + ([commit[:12] if commit else MISSING] if revisions else [])
 
-    return _table("Trajectory", "", header, trajectory, cells, "bpb")
+    return over_steps("Trajectory", "", header, trajectory, cells, "bpb")
 
 
 def accuracy(trajectory: Trajectory) -> Section | None:
@@ -95,7 +64,7 @@ def accuracy(trajectory: Trajectory) -> Section | None:
         return [*(_with_change(percent(value, 2), row.change(name, 100.0, 2)) for name, value in found), row.since]
 
     text = "Share of held-out tokens whose most likely prediction is right; changes in percentage points."
-    return _table("Accuracy by stage", text, header, trajectory, cells, "accuracy")
+    return over_steps("Accuracy by stage", text, header, trajectory, cells, "accuracy")
 
 
 def _with_change(value: str, change: str) -> str:
@@ -118,7 +87,7 @@ def pool_against_parts(trajectory: Trajectory) -> Section | None:
         "Bits per byte of the full pool minus those of another use of the same weights, with paired 95 % intervals. "
         "An interval below zero speaks for the pool, one above zero for the other, one that holds zero for neither."
     )
-    return _table("The pool against its parts", text, header, trajectory, cells)
+    return over_steps("The pool against its parts", text, header, trajectory, cells)
 
 
 def bounds(trajectory: Trajectory) -> Section | None:
@@ -140,7 +109,7 @@ def bounds(trajectory: Trajectory) -> Section | None:
         "99th percentile of how far one more stage can move the pooled log-probabilities, measured at this step and "
         "stored in its config.json as poe_wand_p99_bounds_per_stage_head, in nats. Exits: where tokens leave."
     )
-    return _table("WAND bounds", text, header, trajectory, cells, "bounds")
+    return over_steps("WAND bounds", text, header, trajectory, cells, "bounds")
 
 
 def speculation(trajectory: Trajectory) -> Section | None:
@@ -161,7 +130,7 @@ def speculation(trajectory: Trajectory) -> Section | None:
         "and lengths give other figures. The interval is over these prompts, the change in percentage points. Greedy "
         "output is that of plain decoding."
     )
-    return _table("Self-speculative decoding", text, header, trajectory, cells, "acceptance")
+    return over_steps("Self-speculative decoding", text, header, trajectory, cells, "acceptance")
 
 
 def routing(trajectory: Trajectory) -> Section | None:
@@ -182,7 +151,7 @@ def routing(trajectory: Trajectory) -> Section | None:
         "full pool would have got right; changes in percentage points. The speed-up is projected from layer and head "
         f"costs, not timed. {routing_reading(measured[-1])}"
     )
-    return _table("Confidence routing", text, [*header, "positions"], trajectory, cells, "routing")
+    return over_steps("Confidence routing", text, [*header, "positions"], trajectory, cells, "routing")
 
 
 def routed(record: Record) -> str:
@@ -209,4 +178,4 @@ def speeds(trajectory: Trajectory) -> Section | None:
         "Times the speed of plain cached decoding, with 95 % intervals over the probe prompts; timed in turn on one "
         "machine. An interval above 1 is a gain, one below 1 a loss, one that holds 1 neither."
     )
-    return _table("Measured speed", text, [*modes, "on"], trajectory, cells)
+    return over_steps("Measured speed", text, [*modes, "on"], trajectory, cells)

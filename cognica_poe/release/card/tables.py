@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
 from cognica_poe.release.card.capabilities import verdict
-from cognica_poe.release.card.readings import Record, gap_lines, wand_reading
+from cognica_poe.release.card.readings import Record, gap_lines, speed_figures, wand_reading
 from cognica_poe.release.text import count, interval, markdown_table, markdown_text, number, percent
 
 
@@ -47,13 +48,35 @@ def bpb_rows(record: Record) -> list[tuple[str, Any, Any, Any]]:
     return rows
 
 
+def layers_used(record: Record, path: str) -> int | None:
+    """Layers that a path of ``bpb_rows`` runs; None where the record does not say."""
+    ends = list(itertools.accumulate(record["model"].get("stage_layers") or []))
+    if not ends:
+        return None
+    word, _, rest = path.partition(" ")
+    number_of = rest.partition(" ")[0]
+    if word == "stage" and int(number_of) < len(ends):
+        return ends[int(number_of)]
+    return ends[int(number_of) - 1] if word == "first" and int(number_of) <= len(ends) else ends[-1]
+
+
+def measured_speed(record: Record, path: str) -> str:
+    """How fast decoding by a path of ``bpb_rows`` was timed against plain decoding; empty where it was not."""
+    mode = path.replace("first ", "prefix ").replace(" stages", "").replace(" alone", "")
+    timed = next((item for item in record.get("speeds") or [] if item["mode"] == mode), None)
+    return speed_figures(timed) if timed else ""
+
+
 def measurements(record: Record) -> str:
     """Every path of one record, its crossover gap and its early exits."""
+    timed = any(measured_speed(record, path) for path, *_ in bpb_rows(record))
     rows = [
-        (f"**{path}**" if path == trained_path(record) else path, number(bpb), interval(bounds), percent(accuracy, 2))
+        [f"**{path}**" if path == trained_path(record) else path, count(layers_used(record, path)), number(bpb),
+         interval(bounds), percent(accuracy, 2), *([measured_speed(record, path)] if timed else [])]
         for path, bpb, bounds, accuracy in bpb_rows(record)
-    ]
-    header = ("path", "bits per byte", "95 % interval", "next-token accuracy")
+    ]  # fmt: skip
+    header = ["path", "layers used", "bits per byte", "95 % interval", "next-token accuracy"]
+    header += ["measured speed"] if timed else []
     lines = [f"## Measurements at step {count(record['step'])}", "", markdown_table(header, rows)]
     if not is_pool(record):
         return "\n".join(lines)
@@ -92,18 +115,16 @@ def probes(record: Record) -> str:
     probes = record.get("probes") or []
     if not probes:
         return ""
-    rows = [
-        (
-            markdown_text(probe.get("prompt", "")),
-            markdown_text(probe.get("continuation", ""), 400),
-            markdown_text(probe.get("expected", "")),
-            verdict(probe, markdown_text),
+    blocks = []
+    for place, probe in enumerate(probes, start=1):
+        prompt, expected = (markdown_text(probe.get(key, "")) for key in ("prompt", "expected"))
+        continuation = markdown_text(probe.get("continuation", ""), 400)
+        blocks.append(
+            f"{place}. **{prompt}** (expected: {expected}; graded: {verdict(probe, markdown_text)})\n\n"
+            f"   {continuation or '(nothing)'}"
         )
-        for probe in probes
-    ]
     text = "Greedy continuations, as the model wrote them; markup and control characters are escaped."
-    table = markdown_table(("prompt", "continuation", "expected", "graded"), rows, "llll")
-    return f"## Probes at step {count(record['step'])}\n\n{text}\n\n{table}"
+    return "\n\n".join([f"## Probes at step {count(record['step'])}", text, *blocks])
 
 
 def source_rows(data: Mapping[str, Any]) -> list[dict[str, Any]]:

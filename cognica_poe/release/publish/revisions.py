@@ -218,11 +218,11 @@ def _read_published(hub: Hub, name: str, step: int, commit: str) -> Published:
             )
         return data
 
-    data = read("analysis.json")
+    data, about = read("analysis.json"), read("release.json")
     packed = read(SUMS) if SUMS in digests else None
     try:
         sums = unpack(packed, where, remedy) if packed is not None else None
-        published = Published(step, commit, digests, parse_json(data), sums)
+        published = Published(step, commit, digests, parse_json(data), sums, parse_json(about))
         if published.record["step"] != step:
             raise ValueError("it is of another step")
         trajectory_line(published)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,10 @@ from cognica_poe.analysis.sums import Sums
 from cognica_poe.errors import UserError
 from cognica_poe.files import MANIFEST, Manifest, sha256_file
 from cognica_poe.release.card.markdown import render_card
+from cognica_poe.release.checkpoints import TABLE, TRAJECTORY, as_csv, as_jsonl, line_of
 from cognica_poe.release.export import WEIGHTS, Release
 
 Tree = dict[str, Path | bytes]
-TRAJECTORY = "trajectory.jsonl"
 
 
 class DamagedRevision(UserError):
@@ -34,6 +33,8 @@ class Published:
     record: dict[str, Any]
     sums: Sums | None = None
     """Of the record, where the revision holds them."""
+    about: dict[str, Any] = field(default_factory=dict)
+    """``release.json``."""
 
     @property
     def weights_sha256(self) -> str:
@@ -103,31 +104,12 @@ def digests_of(tree: Tree) -> dict[str, str]:
 
 def trajectory_line(published: Published) -> dict[str, Any]:
     """What one line of ``trajectory.jsonl`` says of a step."""
-    record = published.record
-    intervals, accuracy, gaps = (record.get(key) or {} for key in ("intervals", "accuracy", "gaps"))
-    return {
-        "step": published.step,
-        "revision": f"step-{published.step}",
-        "commit": published.commit,
-        "tokens_seen": record.get("tokens_seen"),
-        "weights_sha256": published.weights_sha256,
-        "parameters": record["model"].get("parameters"),
-        "path": record.get("path"),
-        "bpb": record["bpb"]["full"],
-        "bpb_interval": intervals.get("full"),
-        "bpb_stage": record["bpb"]["stage"],
-        "accuracy": accuracy.get("full"),
-        "crossover_gap": gaps["stage"][-1]["value"] if gaps.get("stage") else None,
-        "wand_bounds": record.get("wand_bounds"),
-        "wand_exit_fraction": (record.get("wand") or {}).get("exit_fraction"),
-        "acceptance": (record.get("speculative") or {}).get("acceptance"),
-        "validation_sha256": (record.get("validation") or {}).get("sha256"),
-    }
+    return line_of(published.record, published.about, published.weights_sha256, published.commit)
 
 
 def main_outline(files: Tree) -> Tree:
     """``main_tree`` before all is published, from the latest step's files: what is made only then is empty."""
-    tree = {**files, "README.md": b"", TRAJECTORY: b""}
+    tree = {**files, "README.md": b"", TRAJECTORY: b"", TABLE: b""}
     kept = digests_of(files)
     digests = {
         name: kept[name] if source else source_sha256(source) for name, source in tree.items() if name != MANIFEST
@@ -136,13 +118,13 @@ def main_outline(files: Tree) -> Tree:
 
 
 def main_tree(latest: Release, steps: Sequence[Published]) -> Tree:
-    """What ``main`` holds: the latest release, with the card of all steps and ``trajectory.jsonl``."""
+    """What ``main`` holds: the latest release, with the card and the trajectory of all steps."""
     steps = sorted(steps, key=lambda published: published.step)
+    lines = [trajectory_line(item) for item in steps]
     about = {**latest.about, "config": latest.config, "revisions": {item.step: item.commit for item in steps}}
-    tree = {name: source for name, source in tree_of(latest.path).items() if name not in (MANIFEST, TRAJECTORY)}
+    tree = {name: source for name, source in tree_of(latest.path).items() if name != MANIFEST}
     sums = {item.step: item.sums for item in steps if item.sums is not None}
-    tree["README.md"] = render_card([item.record for item in steps], about, sums).encode()
-    lines = [json.dumps(trajectory_line(item), ensure_ascii=False, allow_nan=False) for item in steps]
-    tree[TRAJECTORY] = ("\n".join(lines) + "\n").encode()
+    tree["README.md"] = render_card([item.record for item in steps], {**about, "trajectory": lines}, sums).encode()
+    tree |= {TRAJECTORY: as_jsonl(lines), TABLE: as_csv(lines)}
     tree[MANIFEST] = Manifest("release", {name: source_sha256(source) for name, source in tree.items()}).data()
     return tree
