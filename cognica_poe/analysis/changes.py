@@ -104,6 +104,26 @@ def changes(
     return _label(found)
 
 
+def between(
+    one: Mapping[str, Any], other: Mapping[str, Any], of_one: Sums, of_other: Sums, *, seed: int = 0
+) -> dict[str, Change]:
+    """Paired differences of two runs, ``other`` minus ``one``: bits per byte and accuracy of the trained paths,
+    acceptance where both drafted alike; empty unless both were measured on one slice."""
+    if one["validation"]["sha256"] != other["validation"]["sha256"]:
+        return {}
+    first, second = _figures(one, of_one, seed), _figures(other, of_other, seed)
+    wanted = ["bpb.full", "accuracy.full"]
+    if _same_drafts(one, other):
+        wanted.append("acceptance")
+    return {name: _change(first[name], second[name]) for name in wanted if name in first and name in second}
+
+
+def label_all(changes: Sequence[Mapping[str, Change]]) -> list[dict[str, Change]]:
+    """The same differences with signals marked, Holm's correction over those of one figure."""
+    labelled, _ = _label({place: StepChanges(figures=figures) for place, figures in enumerate(changes)})
+    return [dict(labelled[place].figures) for place in range(len(changes))]
+
+
 def _apart(before: Mapping[str, Any], record: Mapping[str, Any], sums: Mapping[int, Sums]) -> str | None:
     """Why two records cannot be paired."""
     for one in (before, record):

@@ -52,12 +52,16 @@ def publish(run: RunFolder, to: str, replace: Flag = False, json: Flag = False) 
     print_table(f"{done.repo_id} at {done.where}", ["revision", "commit"], [*rows, ["main", done.main]])
 
 
-def report(runs: RunFolders, out: Path | None = None) -> None:
+def report(runs: RunFolders, out: Path | None = None, since: Natural | None = None) -> None:
     """Trajectory report of one or several runs, as one self-contained page.
+
+    A pool beside a run of the same layers trained by backprop, and one of stage 0's layers alone, is compared with
+    them: the gap as compute, and what part of depth's gain the pool finds.
 
     Args:
         runs: Run folders.
         out: Folder or .html file; the first run's report/ when omitted.
+        since: Step that cumulative changes start from; the first measured one when omitted.
     """
     from cognica_poe import pipeline
     from cognica_poe.release.report.html import write_report
@@ -68,7 +72,7 @@ def report(runs: RunFolders, out: Path | None = None) -> None:
     for run in runs:
         pipeline.read_recipe(run)
         pipeline.require_outside(run, out, takes=["report"])
-    print(write_report(list(runs), out))
+    print(write_report(list(runs), out, since))
 
 
 def add_exit(

@@ -16,10 +16,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from cognica_poe.release.history import Mark
+
 INK, GRID = "#0a0b0c", "#0a0b0d"
 STAGE_COLOURS = ("#3987e5", "#199e70", "#d98a00", "#d55181", "#9085e9", "#008300", "#e66767", "#7a8794")
 RUN_COLOURS = ("#3987e5", "#d98a00", "#199e70", "#d55181", "#9085e9", "#7a8794")
 PLAIN, BASELINE = "#8b8f96", "#c0504d"
+MARKS: dict[str, tuple[str, Any, str]] = {
+    "epoch": ("#9085e9", ":", "epoch begins"),
+    "resume": ("#7a8794", (0, (1, 1.5)), "resumed"),
+    "roll back": ("#c0504d", "-.", "rolled back"),
+    "recipe": ("#199e70", (0, (4, 2)), "recipe changed"),
+}
+"""Colour, style and name of a line where something happened, by kind."""
 _SIZE = (4.7, 3.55)  # inches; about the width of a phone at 1:1
 _POINTS = 400
 _IDS = re.compile(r"url\(#|xlink:href=\"#|id=\"")  # what stands before an id
@@ -121,17 +130,23 @@ def step_axis(axes: Axes) -> None:
 
 
 def wide_range(axes: Axes, values: Iterable[float]) -> None:
-    """A logarithmic y axis with readable ticks where positive values differ by more than half; else leave it."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
+    """Limits around ``values``, logarithmic where positive ones differ by more than half, with five to eight ticks."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
     values = [value for value in values if value is not None]
-    if not values or min(values) <= 0 or max(values) / min(values) < 1.5:
+    if not values:
+        return
+    if min(values) <= 0 or max(values) / min(values) < 1.5:
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 2.5, 5, 10]))
         return
     low, high = min(values) * 0.96, max(values) * 1.04
     axes.set_yscale("log")
     axes.set_ylim(low, high)
-    wanted = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
-    ticks = [base * 10.0**power for power in range(-3, 7) for base in wanted if low <= base * 10.0**power <= high]
+    ticks = [float(tick) for tick in MaxNLocator(nbins=9, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)]
+    if high / low > 6:  # evenly spaced values would crowd at the top
+        wanted = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
+        ticks = [base * 10.0**power for power in range(-3, 7) for base in wanted]
+    ticks = [tick for tick in ticks if low <= tick <= high]
     while len(ticks) > 8:
         ticks = ticks[::2]
     axes.yaxis.set_major_locator(FixedLocator(ticks))
@@ -140,12 +155,27 @@ def wide_range(axes: Axes, values: Iterable[float]) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def band(axes: Axes, xs: Sequence[float], lows: Sequence[float], highs: Sequence[float], colour: str) -> None:
-    """An interval as a faint band (drawn as bars where there is one point only)."""
+def band(axes: Axes, rows: Sequence[tuple[float, float, float]], colour: str) -> None:
+    """``(x, low, high)`` each: intervals as a faint band (drawn as bars where there is one point only)."""
+    if not rows:
+        return
+    xs, lows, highs = (list(column) for column in zip(*rows, strict=True))
     if len(xs) > 1:
         axes.fill_between(xs, lows, highs, color=colour, alpha=0.16, linewidth=0)
-    elif xs:
+    else:
         axes.vlines(xs, lows, highs, color=colour, linewidth=1.2)
+
+
+def mark_steps(axes: Axes, marks: Sequence[Mark], last: float) -> None:
+    """Vertical lines where something happened up to step ``last``, one kind one style, named in the legend."""
+    named: set[str] = set()
+    for mark in marks:
+        if mark.step <= last:
+            colour, style, label = MARKS[mark.kind]
+            axes.axvline(
+                mark.step, color=colour, linestyle=style, linewidth=1.0, label=None if label in named else label
+            )
+            named.add(label)
 
 
 def horizontal(axes: Axes, value: float | None, label: str, style: str) -> None:

@@ -7,122 +7,153 @@ the data manifest of the runs. Model outputs are escaped.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cognica_poe.errors import UserError
 from cognica_poe.files import write_bytes
 from cognica_poe.leftovers import sweep
+from cognica_poe.release.card.findings import findings
 from cognica_poe.release.card.readings import gap_lines, routing_reading, wand_reading
 from cognica_poe.release.card.series import sections
-from cognica_poe.release.card.tables import bpb_rows, is_pool, source_rows, stage_count, trained_path, validation_text
+from cognica_poe.release.card.tables import (
+    bpb_rows,
+    is_pool,
+    layers_used,
+    source_rows,
+    stage_count,
+    trained_path,
+    validation_text,
+)
+from cognica_poe.release.card.training import flat
 from cognica_poe.release.report import page
-from cognica_poe.release.report.plots import comparison_plots, dig, run_plots
+from cognica_poe.release.report.comparison import comparison, labels, layout
+from cognica_poe.release.report.course import course_plots
+from cognica_poe.release.report.plots import dig, run_plots
 from cognica_poe.release.report.probes import probes_section
 from cognica_poe.release.report.run_folder import RunFolder, read_run
 from cognica_poe.release.text import MISSING, count, html_text, interval, number, percent
-from cognica_poe.release.trajectory import Trajectory
 
 
-def write_report(runs: Sequence[Path], out: Path) -> Path:
+def write_report(runs: Sequence[Path], out: Path, since: int | None = None) -> Path:
     """Write the report of one or several runs and return the HTML file.
 
-    ``out``: the file (``*.html``) or the folder that gets ``index.html``. The same run folders give the same bytes.
-    Raises UserError for a missing run folder, a run without analysis records, and a page there that is not ours.
+    ``out``: the file (``*.html``) or the folder that gets ``index.html``. ``since``: the step that cumulative changes
+    start from, in every run. The same run folders give the same bytes. Raises UserError for a missing run folder, a run
+    without analysis records or without one of ``since``, and a page there that is not ours.
     """
     if not runs:
         raise UserError("no run to report on: pass at least one run folder")
-    loaded = [read_run(path) for path in runs]
+    loaded = [read_run(path, since) for path in runs]
     out = Path(out)
     file = out if out.suffix == ".html" else out / "index.html"
     if os.path.lexists(file) and not (file.is_file() and page.MARK.encode() in file.read_bytes()[:1000]):
         raise UserError(
             f"{file} exists and is not a report made by cognica-poe: choose another --out, or remove it yourself"
         )
+    text = render_report(loaded)
     sweep(file.parent)
-    write_bytes(file, render_report(loaded).encode())
+    write_bytes(file, text.encode())
     return file
 
 
 def render_report(runs: Sequence[RunFolder]) -> str:
     """The whole page, HTML. The same runs give the same bytes."""
-    title = " and ".join(run.name for run in runs) if len(runs) < 4 else f"{runs[0].name} and {len(runs) - 1} more runs"
-    names = [run.name for run in runs]
-    body = [page.header(title, _subtitle(runs)), '<div class="tiles">', *(_tiles(run, len(runs) > 1) for run in runs)]
-    body.append("</div>")
+    names = labels(runs)
+    title = " and ".join(names) if len(runs) < 4 else f"{names[0]} and {len(runs) - 1} more runs"
+    body = []
     if len(runs) > 1:
-        body += [page.section("Comparison", page.plots(comparison_plots(runs)) + _comparison_table(runs), "comparison")]
-    for index, run in enumerate(runs):
-        name = run.name if names.count(run.name) == 1 else f"{run.name} ({run.path})"
-        body.append(_run_section(run, name, f"r{index}-"))
+        body.append(page.section("Comparison", comparison(runs, names), "comparison"))
+    for index, (run, name) in enumerate(zip(runs, names, strict=True)):
+        heading = f"Run {name}: {_kind(run)}" if len(runs) > 1 else f"What was trained: {_kind(run)}"
+        body.append(page.section(heading, _run_section(run, f"r{index}-"), f"r{index}-run"))
     body.append(page.section("What the figures are", page.GLOSSARY, "glossary"))
-    return page.document(title, "\n".join(body))
+    parts = "\n".join(body)
+    tiles = [_tiles(run, name if len(runs) > 1 else "") for run, name in zip(runs, names, strict=True)]
+    head = [page.header(title, _subtitle(runs)), '<div class="tiles">', *tiles, "</div>", page.contents(parts)]
+    return page.document(title, "\n".join([*head, parts]))
+
+
+def _kind(run: RunFolder) -> str:
+    """What a run is, in a line: layout, size, data; plain text."""
+    record, mix = run.latest, str(run.data.get("mix") or "")
+    if is_pool(record):
+        what = f"{stage_count(record)} stages of {layout(run)} layers"
+    else:
+        what = f"{layout(run)} layers, ordinary backprop"
+    size = dig(record, "model", "parameters")
+    data = f", trained on {Path(mix).name}" if mix else ""
+    return f"{what}{f', {_millions(size)} parameters' if size else ''}{data}"
+
+
+def _millions(size: float) -> str:
+    for unit, factor in (("B", 1e9), ("M", 1e6)):
+        if size >= factor:
+            return f"{size / factor:.2f}{unit}"
+    return count(size)
 
 
 def _subtitle(runs: Sequence[RunFolder]) -> str:
     total = sum(len(run.records) for run in runs)
-    return f"Trajectory report: {len(runs)} run{'s' * (len(runs) > 1)}, {total} analysed checkpoints."
+    checkpoints = f"{total} analysed checkpoint{'s' * (total != 1)}"
+    if len(runs) > 1:
+        return f"Trajectory report: {len(runs)} runs, {checkpoints}."
+    run = runs[0]
+    steps = dig(run.recipe, "training", "steps")
+    done = f", step {count(run.latest['step'])}{f' of {count(steps)}' if steps else ''}"
+    return f"Trajectory report: {_kind(run)}{done}, {checkpoints}."
 
 
-def _tiles(run: RunFolder, named: bool) -> str:
+def _tiles(run: RunFolder, name: str) -> str:
     record = run.latest
     bounds = interval(dig(record, "intervals", "full"), 3)
+    size = dig(record, "model", "parameters")
+    stages = f"{stage_count(record)} stages" if is_pool(record) else "trained end to end"
     tiles = [
         ("bits per byte", number(record["bpb"]["full"], 3), f"{trained_path(record)}, 95 % {bounds}"),
         ("xz -9e", number(dig(record, "baseline", "xz_bpb"), 3), "bits per byte of the same text"),
         ("primed xz", number(dig(record, "baseline", "xz_primed_bpb"), 3), "xz that has read the training text"),
         ("accuracy", percent(dig(record, "accuracy", "full")), "next token, top-1"),
         ("step", count(record["step"]), f"{count(record.get('tokens_seen'))} tokens seen"),
-        (
-            "parameters",
-            count(dig(record, "model", "parameters")),
-            f"{stage_count(record)} stages" if is_pool(record) else "trained end to end",
-        ),
+        ("parameters", _millions(size) if size else MISSING, f"{count(size)}, {stages}"),
     ]
     if is_pool(record):
         tiles.append(
             ("drafts accepted", percent(dig(record, "speculative", "acceptance")), "self-speculative decoding")
         )
-    return page.tiles(run.name if named else "", tiles)
+    return page.tiles(name, tiles)
 
 
-def _comparison_table(runs: Sequence[RunFolder]) -> str:
-    rows = []
-    for run in runs:
-        record = run.latest
-        rows.append(
-            [html_text(run.name), trained_path(record), count(record["step"]),
-             count(record.get("tokens_seen")), count(dig(record, "model", "parameters")), number(record["bpb"]["full"]),
-             interval(dig(record, "intervals", "full")), percent(dig(record, "accuracy", "full"), 2)]
-        )  # fmt: skip
-    header = ("run", "path", "step", "tokens", "parameters", "bits per byte", "95 % interval", "accuracy")
-    return page.table(header, rows, "At the last analysed step", text_columns=2)
-
-
-def _run_section(run: RunFolder, name: str, prefix: str) -> str:
+def _run_section(run: RunFolder, prefix: str) -> str:
     parts = []
     if run.recipe.get("description"):
         parts.append(f"<p>{html_text(run.recipe['description'], 1000)}</p>")
     parts += [
-        page.plots(run_plots(run, prefix)),
-        _paths_table(run),
-        page.subsection("What the record says", page.listing(_readings(run.latest))),
-        _series(run),
-        page.subsection("Probe prompts", probes_section(run.records)),
-        page.subsection("Load a revision", _loading(run)),
-        _data_table(run),
-        _recipe_table(run.recipe),
-        _events_table(run.events),
+        page.subsection("Curves", page.plots(course_plots(run, prefix) + run_plots(run, prefix)), f"{prefix}curves"),
+        _paths_table(run, prefix),
+        page.subsection("What the record says", page.listing(_readings(run.latest)), f"{prefix}readings"),
+        _series(run, prefix),
+        page.subsection("Findings by checkpoint", _findings(run), f"{prefix}findings"),
+        page.subsection("Probe prompts", probes_section(run.records), f"{prefix}probes"),
+        page.subsection("Load a revision", _loading(run), f"{prefix}loading"),
+        _data_table(run, prefix),
+        page.subsection("Settings and events", _recipe_table(run.recipe) + _events_table(run), f"{prefix}settings"),
     ]
-    return page.section(name, "\n".join(part for part in parts if part), f"{prefix}run")
+    return "\n".join(part for part in parts if part)
 
 
-def _paths_table(run: RunFolder) -> str:
-    rows = [(path, number(bpb), interval(bounds), percent(accuracy, 2))
-            for path, bpb, bounds, accuracy in bpb_rows(run.latest)]  # fmt: skip
-    header = ("path", "bits per byte", "95 % interval", "accuracy")
-    return page.table(header, rows, f"Every path at step {count(run.latest['step'])}")
+def _findings(run: RunFolder) -> str:
+    """What is a signal at which checkpoint, HTML."""
+    return page.listing([html_text(found.text, 2000) for found in findings(run.trajectory)])
+
+
+def _paths_table(run: RunFolder, prefix: str) -> str:
+    record = run.latest
+    rows = [(path, count(layers_used(record, path)), number(bpb), interval(bounds), percent(accuracy, 2))
+            for path, bpb, bounds, accuracy in bpb_rows(record)]  # fmt: skip
+    header = ("path", "layers used", "bits per byte", "95 % interval", "accuracy")
+    return page.table(header, rows, f"Every path at step {count(record['step'])}", anchor=f"{prefix}paths")
 
 
 def _readings(record: Mapping[str, Any]) -> list[str]:
@@ -134,13 +165,14 @@ def _readings(record: Mapping[str, Any]) -> list[str]:
     return [html_text(line.replace("`", ""), 600) for line in lines]
 
 
-def _series(run: RunFolder) -> str:
+def _series(run: RunFolder, prefix: str) -> str:
     """The tables over steps, the same as those of the card."""
     parts = []
-    for section in sections(Trajectory.of(run.records, run.sums, run.missing), {}):
+    for place, section in enumerate(sections(run.trajectory, {})):
         head = [html_text(name, 80) for name in section.header]
         rows = [[_labelled(html_text(cell, 200)) for cell in row] for row in section.rows]
-        parts.append(page.table(head, rows, section.title, text_columns=0))
+        words = int(section.first_is_words)
+        parts.append(page.table(head, rows, section.title, text_columns=words, anchor=f"{prefix}table{place}"))
         parts += [f"<p>{html_text(text, 1000)}</p>" for text in (section.text, section.note) if text]
     return "\n".join(parts)
 
@@ -181,10 +213,10 @@ model = AutoModelForCausalLM.from_pretrained("{repo}", trust_remote_code=True, *
     return "\n".join(blocks)
 
 
-_TEXT_COLUMNS = ("name", "dataset", "revision", "licence")
+_TEXT_COLUMNS = ("name", "dataset", "revision", "languages", "licence")
 
 
-def _data_table(run: RunFolder) -> str:
+def _data_table(run: RunFolder, prefix: str) -> str:
     sources = source_rows(run.data)
     parts = []
     if sources:
@@ -193,7 +225,7 @@ def _data_table(run: RunFolder) -> str:
         rows = [[_plain(key, item.get(key)) for key in known] for item in sources]
         names = [html_text(key.replace("_", " "), 40) for key in known]
         text = sum(key in _TEXT_COLUMNS for key in known)
-        parts.append(page.table(names, rows, "Data by source", text_columns=text))
+        parts.append(page.table(names, rows, "Data by source", text_columns=text, anchor=f"{prefix}data"))
     if validation := run.latest.get("validation"):
         said = f"{validation_text(validation)}, {count(validation.get('bytes'))} bytes"
         parts.append(f"<p>Validation: {html_text(said)}.</p>")
@@ -201,36 +233,26 @@ def _data_table(run: RunFolder) -> str:
 
 
 def _shown(value: Any) -> bool:
-    return isinstance(value, (str, int, float)) and value != ""
+    return isinstance(value, (str, int, float, list)) and value not in ("", [])
 
 
 def _plain(key: str, value: Any) -> str:
     if isinstance(value, float) and (key.endswith("share") or key.startswith("share")):
         return percent(value)
+    if isinstance(value, list):
+        return html_text(", ".join(map(str, value)), 80)
     if isinstance(value, int):
         return count(value)
     return number(value) if isinstance(value, float) else html_text(MISSING if value is None else value, 80)
 
 
 def _recipe_table(recipe: Mapping[str, Any]) -> str:
-    rows = list(_flat(recipe))
-    if not rows:
-        return ""
-    body = page.table(
-        ("setting", "value"), [(f"<code>{html_text(key)}</code>", html_text(value)) for key, value in rows]
-    )
-    return page.fold("Recipe", body)
+    rows = [(f"<code>{html_text(key)}</code>", html_text(value)) for key, value in flat(recipe) if key != "description"]
+    return page.fold("Recipe", page.table(("setting", "value"), rows, text_columns=2)) if rows else ""
 
 
-def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, item in value.items():
-        if isinstance(item, Mapping):
-            yield from _flat(item, f"{prefix}{key}.")
-        elif item is not None and key != "description":
-            yield f"{prefix}{key}", item
-
-
-def _events_table(events: Sequence[Mapping[str, Any]]) -> str:
+def _events_table(run: RunFolder) -> str:
+    events = run.events
     if not events:
         return ""
     shown = events[-30:]

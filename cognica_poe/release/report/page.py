@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -29,20 +30,31 @@ em { font-style: normal; }
 .tiles h2 { border: 0; margin: 1.25rem 0 .5rem; padding: 0; font-size: 1.05rem; }
 .row { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: .75rem; }
 .tile, figure, details { background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
-.tile { padding: .75rem .9rem; } .tile b { display: block; font-size: 1.45rem; line-height: 1.25;
-  font-variant-numeric: tabular-nums; } .tile small { display: block; font-size: .8rem; line-height: 1.35; }
+.tile { padding: .75rem .9rem; } .tile b { display: block; font-size: clamp(1.05rem, 4vw, 1.3rem); line-height: 1.3;
+  font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
+.tile small { display: block; font-size: .8rem; line-height: 1.35; }
 .tile span { font-size: .85rem; color: var(--soft); }
 .plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 360px), 1fr)); gap: 1rem;
   margin: 1rem 0; }
 figure { margin: 0; padding: .8rem .9rem; display: flex; flex-direction: column; }
 figure h3 { margin: 0 0 .4rem; font-size: 1rem; } figcaption { font-size: .85rem; line-height: 1.4; margin-top: .4rem; }
 svg.plot { width: 100%; height: auto; display: block; } svg.plot text { font-family: inherit !important; }
-.scroll { overflow-x: auto; margin: .25rem 0 1rem; border: 1px solid var(--line); border-radius: 10px;
-  background: var(--card); }
-table { border-collapse: collapse; width: 100%; font-size: .875rem; font-variant-numeric: tabular-nums; }
+nav { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: .6rem .9rem; margin: 1rem 0;
+  font-size: .9rem; } nav ul { list-style: none; margin: 0; padding: 0; columns: 15rem; column-gap: 1.5rem; }
+nav li { break-inside: avoid; margin: .1rem 0; } nav li.sub { padding-left: 1rem; } nav a, a { color: inherit; }
+.scroll { overflow: auto; max-height: 36rem; margin: .25rem 0 1rem; border: 1px solid var(--line); border-radius: 10px;
+  background: linear-gradient(to right, var(--card) 30%, transparent) left / 2.5rem 100% no-repeat local,
+    linear-gradient(to left, var(--card) 30%, transparent) right / 2.5rem 100% no-repeat local,
+    linear-gradient(to right, var(--grid), transparent) left / .8rem 100% no-repeat scroll,
+    linear-gradient(to left, var(--grid), transparent) right / .8rem 100% no-repeat scroll, var(--card); }
+table { border-collapse: separate; border-spacing: 0; width: 100%; font-size: .875rem;
+  font-variant-numeric: tabular-nums; }
 th, td { padding: .4rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line);
   vertical-align: top; } tr:last-child td { border-bottom: 0; }
-th { color: var(--soft); font-weight: 600; } .t { text-align: left; }
+th { color: var(--soft); font-weight: 600; position: sticky; top: 0; background: var(--card); z-index: 1; }
+th:first-child, td:first-child { position: sticky; left: 0; background: var(--card); max-width: 45vw;
+  overflow-wrap: anywhere; } td.t:first-child { white-space: normal; min-width: 9rem; } th:first-child { z-index: 2; }
+.t { text-align: left; }
 td.long { text-align: left; white-space: normal; min-width: 18rem; overflow-wrap: anywhere; }
 details { padding: .6rem .9rem; margin: .5rem 0; } details .scroll { border: 0; margin: .5rem 0 0; }
 summary { cursor: pointer; overflow-wrap: anywhere; } summary em { font-size: .85rem; margin-left: .4rem; }
@@ -51,7 +63,15 @@ pre { background: var(--card); border: 1px solid var(--line); border-radius: 10p
 code { font-family: ui-monospace, "SFMono-Regular", Menlo, Consolas, monospace; }
 .signal { color: var(--good); } .noise { color: var(--weak); } .warn { color: var(--weak); }
 dt { font-weight: 600; margin-top: .7rem; } dd { margin: 0; max-width: 75ch; color: var(--soft); }
-@media print { main { max-width: none; } figure, tr { break-inside: avoid; } }
+@media print {
+  :root { --page: #fff; --card: #fff; --ink: #000; --soft: #444; --grid: #ccc; --line: #ccc; --good: #060;
+    --weak: #630; }
+  main { max-width: none; padding: 0; } body { font-size: 11px; } table { font-size: 8px; } nav { display: none; }
+  .plots { grid-template-columns: 1fr 1fr; } figure, tr { break-inside: avoid; } h2, h3 { break-after: avoid; }
+  .scroll { overflow: visible; max-height: none; background: none; }
+  th, td { white-space: normal; padding: .15rem .25rem; position: static; }
+  th:first-child, td:first-child { position: static; max-width: none; }
+  details::details-content { content-visibility: visible; display: block; } }
 """
 
 GLOSSARY = """<dl>
@@ -110,12 +130,22 @@ def header(title: str, subtitle: str) -> str:
 
 def section(title: str, body: str, anchor: str) -> str:
     """A part of the page under a heading."""
-    return f'<section id="{html_text(anchor)}">\n<h2>{html_text(title)}</h2>\n{body}\n</section>'
+    return f'<section>\n<h2 id="{html_text(anchor)}">{html_text(title)}</h2>\n{body}\n</section>'
 
 
-def subsection(title: str, body: str) -> str:
+def subsection(title: str, body: str, anchor: str) -> str:
     """A smaller part, or nothing when ``body`` is empty."""
-    return f"<h3>{html_text(title)}</h3>\n{body}" if body else ""
+    return f'<h3 id="{html_text(anchor)}">{html_text(title)}</h3>\n{body}' if body else ""
+
+
+def contents(body: str) -> str:
+    """A list of the parts of ``body`` that carry a name to jump to."""
+    found = re.findall(r'<h([23]) id="([^"]+)">(.*?)</h', body, re.DOTALL)
+    items = "".join(
+        f'<li class="{"sub" if level == "3" else "part"}"><a href="#{anchor}">{title}</a></li>'
+        for level, anchor, title in found
+    )
+    return f'<nav aria-label="Sections"><ul>{items}</ul></nav>'
 
 
 def tiles(title: str, items: Iterable[tuple[str, str, str]]) -> str:
@@ -145,8 +175,10 @@ def table(
     title: str = "",
     text_columns: int = 1,
     last_is_text: bool = False,
+    anchor: str = "",
 ) -> str:
-    """A table that scrolls sideways by itself. Cells are HTML already; the first ``text_columns`` are left-aligned."""
+    """A table that scrolls by itself and keeps its head and first column. Cells are HTML already; the first
+    ``text_columns`` are left-aligned."""
     last = len(head) - 1
 
     def kind(column: int) -> str:
@@ -157,7 +189,8 @@ def table(
     lines = ["".join(f"<th{kind(i).replace('long', 't')}>{cell}</th>" for i, cell in enumerate(head))]
     lines += ["".join(f"<td{kind(i)}>{cell}</td>" for i, cell in enumerate(row)) for row in rows]
     body = "\n".join(f"<tr>{line}</tr>" for line in lines)
-    caption = f"<h3>{html_text(title)}</h3>\n" if title else ""
+    name = f' id="{html_text(anchor)}"' if anchor else ""
+    caption = f"<h3{name}>{html_text(title)}</h3>\n" if title else ""
     return f'{caption}<div class="scroll"><table>\n{body}\n</table></div>'
 
 

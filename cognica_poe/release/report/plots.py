@@ -1,4 +1,4 @@
-"""The plots of the report: what is drawn from metrics and records, and the sentence under each."""
+"""The plots of the report that show records: what is drawn, and the sentence under each."""
 
 from __future__ import annotations
 
@@ -49,148 +49,105 @@ def dig(row: Any, *path: str | int) -> Any:
 def run_plots(run: RunFolder, prefix: str) -> list[Plot]:
     """Every plot this run has data for; ``prefix`` makes the ids unique in the page."""
     makers: list[Callable[[RunFolder, str], Plot | None]] = [
-        _loss, _bpb, _distance, _accuracy, _gap, _bounds, _exits, _acceptance, _throughput, _rate,
+        _bpb, _distance, _accuracy, _gap, _bounds, _exits, _acceptance,
     ]  # fmt: skip
     return [plot for index, make in enumerate(makers) if (plot := make(run, f"{prefix}{index}"))]
 
 
-def comparison_plots(runs: Sequence[RunFolder]) -> list[Plot]:
-    """Runs beside each other, each on its own trained path."""
-    return [
-        _compare(runs, "cmp0", "Bits per byte on each run's trained path", "bits per byte", _trained_bpb, True),
-        _compare(runs, "cmp1", "Next-token accuracy, trained path", "accuracy (%)", _trained_accuracy, False),
-        _compare(runs, "cmp2", "Throughput", "tokens per second", _speed, False),
-    ]
-
-
-def _trained_bpb(run: RunFolder) -> tuple[list[float], list[float]]:
-    return series(run.records, "bpb", "full")
-
-
-def _trained_accuracy(run: RunFolder) -> tuple[list[float], list[float]]:
-    xs, ys = series(run.records, "accuracy", "full")
-    return xs, [100 * y for y in ys]
-
-
-def _speed(run: RunFolder) -> tuple[list[float], list[float]]:
-    xs, ys = series(run.metrics, "tokens_per_second")
-    return drawing.thin(xs, drawing.smooth(ys))
-
-
-def _compare(
-    runs: Sequence[RunFolder],
-    name: str,
-    title: str,
-    unit: str,
-    take: Callable[[RunFolder], tuple[list[float], list[float]]],
-    logarithmic: bool,
-) -> Plot:
-    lines: list[drawing.Line] = []
-    for index, run in enumerate(runs):
-        xs, ys = take(run)
-        lines.append((run.name, xs, ys, {"color": drawing.RUN_COLOURS[index % len(drawing.RUN_COLOURS)]}))
-
-    def draw(axes: Axes) -> None:
-        drawing.draw_lines(axes, lines)
-        drawing.step_axis(axes)
-        if logarithmic:
-            drawing.wide_range(axes, [y for _, _, ys, _ in lines for y in ys])
-        elif unit.startswith("tokens"):
-            _from_zero(axes, [y for _, _, ys, _ in lines for y in ys])
-
-    svg = drawing.svg(name, draw, x="optimiser step", y=unit, label=title)
-    return Plot(title, svg, "One line per run.")
-
-
-def _colour(stage: int) -> str:
+def colour(stage: int) -> str:
+    """Of a stage."""
     return drawing.STAGE_COLOURS[stage % len(drawing.STAGE_COLOURS)]
 
 
-def _stages(run: RunFolder) -> range:
+def stages_of(run: RunFolder) -> range:
     """The stages to draw: none where one path is all there is."""
     return range(stage_count(run.latest)) if is_pool(run.latest) else range(0)
 
 
-def _from_zero(axes: Axes, values: Sequence[float]) -> None:
+def from_zero(axes: Axes, values: Sequence[float]) -> None:
+    """A y axis from zero to above ``values``."""
     axes.set_ylim(0, 1.12 * max(values, default=1.0) or 1.0)
-
-
-def _loss(run: RunFolder, name: str) -> Plot | None:
-    width = max((len(row["loss_stages"]) for row in run.metrics if isinstance(row.get("loss_stages"), list)), default=0)
-    if width:
-        lines = [(f"stage {k}", series(run.metrics, "loss_stages", k), _colour(k)) for k in range(width)]
-    else:
-        lines = [("loss", series(run.metrics, "loss"), _colour(0))]
-    if not any(xs for _, (xs, _), _ in lines):
-        return None
-
-    def draw(axes: Axes) -> None:
-        for label, (xs, ys), colour in lines:
-            axes.plot(*drawing.thin(xs, ys), color=colour, linewidth=0.6, alpha=0.25)
-            axes.plot(*drawing.thin(xs, drawing.smooth(ys)), color=colour, linewidth=1.4, label=label)
-        drawing.step_axis(axes)
-
-    svg = drawing.svg(
-        name, draw, x="optimiser step", y="training loss (nats per token)", label="Training loss", legend=4
-    )
-    return Plot("Training loss by stage", svg, "Faint: every step. Strong: moving average over about 3 % of the run.")
 
 
 def _bpb(run: RunFolder, name: str) -> Plot:
     full = series(run.records, "bpb", "full")
-    stages = [series(run.records, "bpb", "stage", k) for k in _stages(run)]
+    stages = [series(run.records, "bpb", "stage", k) for k in stages_of(run)]
     plain = series(run.records, "bpb", "plain") if stages else ([], [])
     baseline = run.latest.get("baseline") or {}
+    bars = _paired(run)
+    shades = [] if bars else _interval(run.records, ("intervals", "full"))
 
     def draw(axes: Axes) -> None:
-        drawing.draw_lines(axes, [(f"stage {k}", *xy, {"color": _colour(k)}) for k, xy in enumerate(stages)])
+        drawing.draw_lines(axes, [(f"stage {k}", *xy, {"color": colour(k)}) for k, xy in enumerate(stages)])
         style = {"color": drawing.INK, "linewidth": 2.0, "markersize": 4}
         drawing.draw_lines(axes, [(trained_path(run.latest), *full, style)])
         drawing.draw_lines(axes, [("plain path", *plain, {"color": drawing.PLAIN})] if plain[0] else [])
-        _interval(axes, run.records, ("intervals", "full"), drawing.INK)
+        for step, low, high in bars:
+            axes.plot([step, step], [low, high], color=drawing.INK, linewidth=4.0, alpha=0.35, solid_capstyle="butt")
+        drawing.band(axes, shades, drawing.INK)
         drawing.horizontal(axes, baseline.get("xz_bpb"), "xz", ":")
         drawing.horizontal(axes, baseline.get("xz_primed_bpb"), "primed xz", "--")
         values = [y for _, ys in (full, plain, *stages) for y in ys]
+        values += [edge for _, *edges in (*bars, *shades) for edge in edges]
         drawing.wide_range(axes, [*values, *(v for v in baseline.values() if isinstance(v, float))])
         drawing.step_axis(axes)
+        drawing.mark_steps(axes, run.marks, run.latest["step"])
 
     svg = drawing.svg(name, draw, x="optimiser step", y="bits per UTF-8 byte", label="Bits per byte by path")
-    note = "Held-out text; lower is better. Shaded: 95 % interval of the trained path. xz: general-purpose compressor."
+    shown = (
+        "Bars: where the trained path lies by the paired 95 % interval of its change since the record before."
+        if bars
+        else "Shaded: 95 % interval of the trained path alone."
+    )
+    note = f"Held-out text; lower is better. {shown} xz: general-purpose compressor."
     return Plot("Bits per byte by path", svg, note)
 
 
-def _interval(axes: Axes, records: Sequence[Mapping[str, Any]], path: tuple[str, str], colour: str) -> None:
+def _paired(run: RunFolder) -> list[tuple[int, float, float]]:
+    """``(step, low, high)``: bits per byte of the record before plus the interval of the change since."""
+    known = {record["step"]: record["bpb"]["full"] for record in run.records}
+    changes = ((row.step, row.changes.base, row.changes.figures.get("bpb.full")) for row in run.trajectory.rows)
+    return [(step, known[base] + change.low, known[base] + change.high)
+            for step, base, change in changes if base is not None and change is not None]  # fmt: skip
+
+
+def _interval(records: Sequence[Mapping[str, Any]], path: tuple[str, str]) -> list[tuple[float, float, float]]:
     xs, lows = series(records, *path, 0)
-    other, highs = series(records, *path, 1)
-    if xs and xs == other:
-        drawing.band(axes, xs, lows, highs, colour)
+    others, highs = series(records, *path, 1)
+    return list(zip(xs, lows, highs, strict=True)) if xs == others else []
 
 
 def _distance(run: RunFolder, name: str) -> Plot | None:
-    rows = []
-    for record in run.records:
-        full, prefix = record["bpb"].get("full"), record["bpb"].get("prefix") or []
-        if full is None:
-            continue
-        shift = {"stage": [1000 * (v - full) for v in record["bpb"]["stage"]],
-                 "prefix": [1000 * (v - full) for v in prefix]}  # fmt: skip
-        rows.append({"step": record["step"], **shift})
     count = stage_count(run.latest)
-    if count < 2 or not rows:
+    if count < 2:
         return None
-    lines: list[drawing.Line] = [(f"stage {k}", *series(rows, "stage", k), {"color": _colour(k)}) for k in range(count)]
-    for k in range(1, count - 1):
-        lines.append((f"first {k + 1}", *series(rows, "prefix", k), {"color": _colour(k), "linestyle": (0, (2, 1.2))}))
+    kinds: list[tuple[str, int, str, Any]] = [("stage", k, f"stage {k}", "-") for k in range(count)]
+    kinds += [("prefix", k, f"first {k + 1}", (0, (2, 1.2))) for k in range(1, count - 1)]
+    lines: list[tuple[drawing.Line, list[tuple[float, float, float]]]] = []
+    for kind, k, label, style in kinds:
+        rows, bands = [], []
+        for record in run.records:
+            value, full = dig(record, "bpb", kind, k), record["bpb"].get("full")
+            if value is None or full is None:
+                continue
+            rows.append((record["step"], 1000 * (value - full)))
+            if gap := dig(record, "gaps", kind, k):
+                bands.append((record["step"], -1000 * gap["high"], -1000 * gap["low"]))
+        xs, ys = [list(column) for column in zip(*rows, strict=True)] if rows else ([], [])
+        lines.append(((label, xs, ys, {"color": colour(k), "linestyle": style}), bands))
 
     def draw(axes: Axes) -> None:
         axes.axhline(0, color=drawing.INK, linewidth=1.0)
-        drawing.draw_lines(axes, lines)
+        for line, bands in lines:
+            drawing.draw_lines(axes, [line])
+            drawing.band(axes, bands, line[3]["color"])
         drawing.step_axis(axes)
 
     svg = drawing.svg(name, draw, x="optimiser step", y="above full pool (milli-bits per byte)",
                      label="Distance of stages and prefixes from the full pool")  # fmt: skip
     note = (
-        "What one head alone (solid) or the pool of the first stages (dashed) loses against all stages; zero is equal."
+        "What one head alone (solid) or the pool of the first stages (dashed) loses against all stages; zero is equal. "
+        "Shaded: paired 95 % intervals."
     )
     return Plot("Stages and prefixes against the full pool", svg, note)
 
@@ -199,8 +156,8 @@ def _accuracy(run: RunFolder, name: str) -> Plot | None:
     if not series(run.records, "accuracy", "full")[0]:
         return None
     lines: list[drawing.Line] = []
-    for k in _stages(run):
-        lines.append((f"stage {k}", *series(run.records, "accuracy", "stage", k), {"color": _colour(k)}))
+    for k in stages_of(run):
+        lines.append((f"stage {k}", *series(run.records, "accuracy", "stage", k), {"color": colour(k)}))
     style = {"color": drawing.INK, "linewidth": 2.0}
     lines.append((trained_path(run.latest), *series(run.records, "accuracy", "full"), style))
     if lines[1:]:
@@ -230,7 +187,7 @@ def _gap(run: RunFolder, name: str) -> Plot | None:
             down = [max(0.0, 1000 * (item.value - item.low)) for _, item in found]
             up = [max(0.0, 1000 * (item.high - item.value)) for _, item in found]
             axes.errorbar(
-                [step for step, _ in found], values, yerr=[down, up], color=_colour(number), marker="o", markersize=3.5,
+                [step for step, _ in found], values, yerr=[down, up], color=colour(number), marker="o", markersize=3.5,
                 capsize=3, linewidth=1.2, label=f"minus {role}",
             )  # fmt: skip
         drawing.step_axis(axes)
@@ -246,12 +203,12 @@ def _bounds(run: RunFolder, name: str) -> Plot | None:
     if not width:
         return None
     lines = [
-        (f"stage {k} to {k + 1}", *series(run.records, "wand_bounds", k), {"color": _colour(k)}) for k in range(width)
+        (f"stage {k} to {k + 1}", *series(run.records, "wand_bounds", k), {"color": colour(k)}) for k in range(width)
     ]
 
     def draw(axes: Axes) -> None:
         drawing.draw_lines(axes, lines)
-        _from_zero(axes, [y for _, _, ys, _ in lines for y in ys])
+        from_zero(axes, [y for _, _, ys, _ in lines for y in ys])
         drawing.step_axis(axes)
 
     svg = drawing.svg(name, draw, x="optimiser step", y="p99 bound (nats)", label="WAND bounds")
@@ -267,7 +224,7 @@ def _exits(run: RunFolder, name: str) -> Plot | None:
         places, floor = range(len(rows)), [0.0] * len(rows)
         for k in range(stage_count(run.latest)):
             parts = [100 * (dig(row, "wand", "exit_fraction", k) or 0.0) for row in rows]
-            axes.bar(places, parts, bottom=floor, width=0.8, color=_colour(k), label=f"stage {k}")
+            axes.bar(places, parts, bottom=floor, width=0.8, color=colour(k), label=f"stage {k}")
             floor = [low + part for low, part in zip(floor, parts, strict=True)]
         every = -(-len(rows) // 6)
         axes.set_xticks(list(places)[::every], [f"{row['step']:,}" for row in rows][::every])
@@ -287,10 +244,10 @@ def _acceptance(run: RunFolder, name: str) -> Plot | None:
         return None
 
     def draw(axes: Axes) -> None:
-        drawing.draw_lines(axes, [("acceptance", xs, [100 * y for y in ys], {"color": _colour(0)})])
-        lows, highs = (series(run.records, "speculative", side) for side in ("low", "high"))
-        if xs == lows[0] == highs[0]:
-            drawing.band(axes, xs, [100 * y for y in lows[1]], [100 * y for y in highs[1]], _colour(0))
+        drawing.draw_lines(axes, [("acceptance", xs, [100 * y for y in ys], {"color": colour(0)})])
+        (lows, low), (highs, high) = (series(run.records, "speculative", side) for side in ("low", "high"))
+        if xs == lows == highs:
+            drawing.band(axes, [(x, 100 * a, 100 * b) for x, a, b in zip(xs, low, high, strict=True)], colour(0))
         axes.set_ylim(0, 103)
         drawing.step_axis(axes)
 
@@ -300,31 +257,3 @@ def _acceptance(run: RunFolder, name: str) -> Plot | None:
         f" ({proposed:,} at the last step)." if proposed else "."
     )
     return Plot("Speculative acceptance", svg, note)
-
-
-def _throughput(run: RunFolder, name: str) -> Plot | None:
-    xs, ys = _speed(run)
-    if not xs:
-        return None
-
-    def draw(axes: Axes) -> None:
-        axes.plot(xs, ys, color=_colour(0), linewidth=1.4)
-        _from_zero(axes, ys)
-        drawing.step_axis(axes)
-
-    svg = drawing.svg(name, draw, x="optimiser step", y="tokens per second", label="Throughput", legend=0)
-    return Plot("Training throughput", svg, "Moving average.")
-
-
-def _rate(run: RunFolder, name: str) -> Plot | None:
-    xs, ys = series(run.metrics, "lr_scale")
-    if not xs:
-        return None
-
-    def draw(axes: Axes) -> None:
-        axes.plot(*drawing.thin(xs, ys), color=_colour(0), linewidth=1.4)
-        _from_zero(axes, ys)
-        drawing.step_axis(axes)
-
-    svg = drawing.svg(name, draw, x="optimiser step", y="learning-rate scale", label="Learning-rate scale", legend=0)
-    return Plot("Learning-rate schedule", svg, "Warm-up, constant, warm-down: factor on every group's rate.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from cognica_poe.data.manifest import load_manifest
 from cognica_poe.errors import UserError
 from cognica_poe.files import MANIFEST
 from cognica_poe.recipe.stored import recipe_from_dict
+from cognica_poe.release import history
 from cognica_poe.release.publish.hub_folder import HubFolder
-from cognica_poe.release.trajectory import NO_RECORD
+from cognica_poe.release.trajectory import NO_RECORD, Trajectory
 from cognica_poe.seals import read_sealed
 from cognica_poe.training.journal import read_records
 
@@ -32,7 +34,7 @@ class RunFolder:
     records: list[dict[str, Any]]
     """Analysis records, at least one."""
     metrics: list[dict[str, Any]]
-    """One line per optimiser step; of a step that was run twice (a resume) the last one."""
+    """One row per optimiser step; of a step that was run twice (a resume) the last one."""
     events: list[dict[str, Any]]
     data: dict[str, Any]
     """The data manifest, or empty."""
@@ -43,14 +45,35 @@ class RunFolder:
     revisions: dict[str, dict[str, str]] = field(default_factory=dict)
     """Published to the local Hub folder: ``{repo id: {ref: commit}}``."""
 
+    since: int | None = None
+    """Step that cumulative changes start from; the first record's when omitted."""
+
     @property
     def latest(self) -> dict[str, Any]:
         """The record of the highest step."""
         return self.records[-1]
 
+    @cached_property
+    def trajectory(self) -> Trajectory:
+        """The records with the changes between them. Raises UserError where ``since`` has no record."""
+        return Trajectory.of(self.records, self.sums, self.missing, self.since)
 
-def read_run(path: Path) -> RunFolder:
-    """Read a run folder. Raises UserError: missing, without an analysis record, a file malformed or changed."""
+    @cached_property
+    def marks(self) -> list[history.Mark]:
+        """What happened at which step."""
+        return history.marks(self.metrics, self.events)
+
+    @cached_property
+    def validations(self) -> list[dict[str, Any]]:
+        """Validations in training, in order."""
+        return history.validations(self.metrics)
+
+
+def read_run(path: Path, since: int | None = None) -> RunFolder:
+    """Read a run folder; ``since``: of ``RunFolder``.
+
+    Raises UserError: missing, without an analysis record, a file malformed or changed.
+    """
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"run folder not found: {path}; pass the folder that `cognica-poe run --out` made")
@@ -63,18 +86,19 @@ def read_run(path: Path) -> RunFolder:
     metrics = read_records(path / "metrics.jsonl")
     events = read_records(path / "events.jsonl")
     found = {r["step"]: read_sums(file, r.get("documents_sha256")) for r, file in zip(records, files, strict=True)}
-    by_step = {line["step"]: line for line in metrics if isinstance(line.get("step"), int)}
+    rows = history.by_step(metrics)
     return RunFolder(
         path=path,
         name=str(described.get("name") or path.resolve().name),
         recipe=described,
         records=sorted(records, key=lambda record: record["step"]),
-        metrics=[by_step[step] for step in sorted(by_step)],
+        metrics=rows,
         events=events,
         sums={step: sums for step, sums in found.items() if sums is not None},
-        missing=_missing(described, max([*by_step, *found]), events, found),
+        missing=_missing(described, max([*(row["step"] for row in rows), *found]), events, found),
         data=load_manifest(manifest.parent).model_dump(mode="json") if manifest.is_file() else {},
         revisions=_published(path / "release" / "hub"),
+        since=since,
     )
 
 

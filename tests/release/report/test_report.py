@@ -95,7 +95,8 @@ def test_every_plot_and_every_record_is_shown(report):
     for step in (0, 100, 200, 300):
         assert f"{make_record(step)['bpb']['full']:.4f}" in page.text
     assert "primed xz" in page.text and "docs|x" in page.text
-    assert page.text.count("resume") == 2
+    assert page.text.count("resumed") >= 2 * 3, "a resume is marked in the curves of both runs"
+    assert len(re.findall(r"120</td>\s*<td[^>]*>resume</td>", text)) == 2
     assert 'revision="step-300"' in page.text and COMMIT in page.text
 
 
@@ -196,3 +197,37 @@ def test_thinning_and_smoothing_keep_the_mean_and_the_ends():
     assert len(thin_x) == 100 and all(y == pytest.approx(2 * x) for x, y in zip(thin_x, thin_y, strict=True))
     ramp = drawing.smooth([float(x) for x in xs])
     assert ramp == pytest.approx(xs), "a centred average does not lag behind a ramp"
+
+
+def test_every_section_is_listed_and_headings_say_what_the_run_is(report, tmp_path):
+    page = _Page(report[2])
+    links = [a["href"][1:] for tag, a in page.tags if tag == "a"]
+    assert len(links) > 20 and set(links) <= set(page.ids) and len(links) == len(set(links))
+    alone = write_report([make_run(tmp_path / "run")], tmp_path / "one.html").read_text()
+    assert '<h2 id="r0-run">What was trained: 4 stages of 2, 2, 2, 2 layers, 4.12M parameters' in alone
+    assert "trained on docs, step 300, 4 analysed checkpoints" in alone
+
+
+def test_an_axis_has_ticks_that_can_be_read_and_cuts_no_interval():
+    from matplotlib.figure import Figure
+
+    for low, high in ((1.35, 2.41), (0.72, 0.99), (1.5, 2.3), (2.0, 40.0), (0.9, 1.0), (3.0, 9.5)):
+        axes = Figure().add_subplot()
+        axes.plot([0, 1], [low, high])
+        drawing.wide_range(axes, [low, high])
+        bottom, top = axes.get_ylim()
+        ticks = [tick for tick in axes.get_yticks() if bottom <= tick <= top]
+        assert bottom <= low and high <= top and 4 <= len(ticks) <= 9, (low, high, ticks)
+
+
+def test_what_happened_is_marked(tmp_path):
+    run = make_run(tmp_path / "a", steps=(0, 10))
+    lines = [{"step": step, "loss": 5.0, "lr_scale": 1.0, "epoch": int(step > 4)} for step in range(1, 11)]
+    lines += [{"step": step, "validation": {"full": 3.0 - step / 9, "bytes": 900}} for step in (4, 8)]
+    (run / "metrics.jsonl").write_text("".join(sealed_line(line) + "\n" for line in lines))
+    events = [{"step": 6, "event": "roll back", "to": 3}, {"step": 7, "event": "resume", "restarts": 1}]
+    (run / "events.jsonl").write_text("".join(sealed_line(event) + "\n" for event in events))
+    text = write_report([run], tmp_path / "page.html").read_text()
+    for word in ("epoch begins", "rolled back", "resumed", "new minimum"):
+        assert f">{word}</text>" in text
+    assert "<h3>Validation in training</h3>" in text and "900 bytes" in text
