@@ -25,6 +25,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from .products_cognica_poe import narrow_products
+
 ON_PROCESSOR = {"freezing": True, "max_autotune": True, "max_autotune_gemm_backends": "CPP,ATEN"}
 """Inductor's options: its own products, fused with what follows them, where they measure faster than the library's.
 
@@ -140,7 +142,8 @@ def _compile(module: nn.Module, arguments: tuple, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder, contextlib.redirect_stderr(io.StringIO()):
         program = torch.export.export(module, arguments)
         made = f"{folder}/graph.pt2"
-        torch._inductor.aoti_compile_and_package(program, package_path=made, inductor_configs=dict(ON_PROCESSOR))
+        with narrow_products():
+            torch._inductor.aoti_compile_and_package(program, package_path=made, inductor_configs=dict(ON_PROCESSOR))
         os.replace(made, path)
 
 
