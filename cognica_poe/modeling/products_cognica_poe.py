@@ -1,8 +1,8 @@
 """A product for few lanes in bf16, for Inductor to choose on processors with AVX-512 BF16 and no tiles.
 
-
-
-weights cost one instruction per lane, which keeps pace with memory (``python -m benchmarks.products``).
+Inductor has two for bf16: one for tiles, and one that widens every weight to fp32 first, whose arithmetic sets the pace
+at four lanes. This one feeds pairs of bf16 to ``vdpbf16ps`` from the layout that tiles use, ``[K / 2, N, 2]``: 64 bytes
+of weights cost one instruction per lane, which keeps pace with memory (``python -m benchmarks.products``).
 """
 
 from __future__ import annotations
