@@ -1,42 +1,32 @@
 """Build a data folder: parquet shards of training and validation documents, and a manifest that accounts for them.
 
-A mix is ``python-docs`` (embedded), ``frontier_v1`` or a mix file (Hub datasets), or a path of local files. Documents
-are spooled to disk once and then parted, so that memory stays that of one shard whatever the size of the corpus.
+A mix is ``python-docs`` (embedded), ``frontier_v1`` or a mix file (Hub datasets), or a path of local files. The work is
+done in stages (``data.engine``) beside the folder to be made, so that a build that was stopped goes on where it was.
 """
 
 from __future__ import annotations
 
+import os
 import platform
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import shutil
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-from cognica_poe.data.documents import Document
-from cognica_poe.data.manifest import SPLITS, DataManifest, ShardRecord, SourceRecord, Totals
-from cognica_poe.data.mixes import MIXES, PYTHON_DOCS, Mix, load_mix, require_pinned
-from cognica_poe.data.shards import SourceContent, write_shards
+from cognica_poe.data.engine.job import PLAN, Job, Values, write_plan
+from cognica_poe.data.engine.local import SMALL, run_locally
+from cognica_poe.data.engine.plan import SHARD_BYTES, Options, plan_build
+from cognica_poe.data.engine.stages import open_job
+from cognica_poe.data.manifest import SPLITS, DataManifest, ShardRecord, SourceRecord, StageRecord, Totals
+from cognica_poe.data.mixes import PYTHON_DOCS
 from cognica_poe.data.sources import python_docs
-from cognica_poe.data.sources.hub import read_source
-from cognica_poe.data.sources.local import explicit_split, local_files, read_file
-from cognica_poe.data.split import assign_splits
-from cognica_poe.data.spool import Spool
 from cognica_poe.errors import UserError
-from cognica_poe.files import atomic_folder, require_apart, require_replaceable, require_space, write_json
+from cognica_poe.files import atomic_folder, require_replaceable, write_json
+from cognica_poe.locks import hold
+from cognica_poe.seals import content_sha256
 
 Log = Callable[[str], None]
-
-
-@dataclass
-class _Input:
-    """What a build reads: documents, each with the split that its file's name states, or None."""
-
-    name: str
-    mix: Mix | None
-    """A mix of Hub datasets, or None."""
-    documents: Iterator[tuple[Document, str | None]]
-    dropped: Counter[str]
-    """Documents left out, by reason; counted while ``documents`` is read."""
 
 
 def build(
@@ -47,6 +37,8 @@ def build(
     val_min_bytes: int = 200_000,
     seed: int = 0,
     max_bytes: int | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    workers: int = 1,
     log: Log = lambda line: None,
 ) -> DataManifest:
     """Build ``out`` from a mix name, a mix file (.json) or local files, and return its manifest.
@@ -55,138 +47,147 @@ def build(
     say so keep their split (``explicit_split`` of ``data.sources.local``); test splits are left out. ``max_bytes``
     takes a sample of each source by hash; it is the size to read for Hub mixes and bounds the training part where file
     names split; a text that would go beyond by more than a tenth is left out. Exact duplicates, and training texts that
-    repeat a validation document, are dropped and counted.
+    repeat a validation document, are dropped and counted. ``workers`` processes share the work; the bytes are the same
+    for any number.
     Raises UserError for unusable input (see ``data.sources``), too little text, or an ``out`` that holds anything but
-    data of ours, or lies in what is read.
+    data of ours, or lies in what is read. What was done by then is kept beside ``out`` for the next call.
     """
     out = Path(out)
     require_replaceable(out, "data")
-    if not 0 <= val_fraction <= 0.5 or (max_bytes is not None and max_bytes <= 0):
-        raise UserError(f"val_fraction {val_fraction} must be in [0, 0.5] and max_bytes {max_bytes} positive")
-    if val_min_bytes < 1:
-        raise UserError(f"val_min_bytes {val_min_bytes} must be at least 1")
-    given = _open(str(mix_or_path), out, max_bytes, seed, log)
-    with atomic_folder(out, "data") as folder:
-        spool = Spool(folder / "spool.parquet", given.dropped)
-        for document, split in given.documents:
-            spool.add(document, split)
-        spool.close()
-        if not spool.bytes:
-            raise UserError(f"{mix_or_path} holds no text at all; nothing was built")
-        require_space(out, 2 * spool.bytes)
+    options = Options(val_fraction, val_min_bytes, seed, max_bytes, shard_bytes)
+    plan = plan_build(str(mix_or_path), out, options, log)
+    folder = stages_folder(out)
+    with hold(folder):
+        job = begin(folder, plan)
+        size = sum(part.get("size", 0) for parts in plan["parts"] for part in parts)
         try:
-            split_of = assign_splits(
-                spool.groups,
-                spool.given,
-                fraction=val_fraction,
-                min_bytes=val_min_bytes,
-                seed=seed,
-                max_bytes=max_bytes if given.mix is None else None,  # of a Hub mix no more was read
-            )
-        except UserError as error:
-            raise UserError(f"{mix_or_path}: {error}") from error
-        shards, content = write_shards(spool, split_of, folder, seed)
-        spool.file.unlink()
-        manifest = DataManifest(
-            mix=given.name,
-            seed=seed,
-            val_fraction=val_fraction,
-            val_min_bytes=val_min_bytes,
-            max_bytes=max_bytes,
-            documents=sum(shard.documents for shard in shards),
-            bytes=sum(shard.bytes for shard in shards),
-            splits={split: _total(shards, split) for split in SPLITS},
-            shards=shards,
-            sources=_source_records(given, content),
-            dropped=dict(sorted(spool.dropped.items())),
-            versions={"python": platform.python_version()},
-        )
-        write_json(folder / "manifest.json", manifest.model_dump())
+            run_locally(job, workers if size >= SMALL else 1, log)
+            manifest = finish(job, out)
+        except BaseException as error:
+            refused = isinstance(error, UserError) and size < SMALL and job.file("duplicates", 0, ".json").is_file()
+            if refused or not any(job.folder.glob("*/*.json")):
+                shutil.rmtree(folder, ignore_errors=True)  # nothing is done that would be worth keeping
+            raise
     for split in SPLITS:
         total = manifest.splits[split]
         log(f"data: {split}: {total.documents:,} documents, {total.bytes / 1e6:.2f} MB")
     return manifest
 
 
-def mix_name(given: str) -> str | None:
-    """What ``build`` calls the mix or path ``given`` in the manifest; None for a mix file that is gone since."""
-    if given == PYTHON_DOCS or given in MIXES:
-        return given
-    if given.endswith(".json"):
-        return load_mix(Path(given)).name if Path(given).is_file() else None
-    return Path(given).name
+def stages_folder(out: Path) -> Path:
+    """Where the stages of a build of ``out`` stand until it is done."""
+    return Path(out).absolute().parent / f".{Path(out).absolute().name}-stages"
 
 
-def _open(given: str, out: Path, max_bytes: int | None, seed: int, log: Log) -> _Input:
-    """Find what ``given`` names; complains before anything is written."""
-    dropped: Counter[str] = Counter()
-    if given == PYTHON_DOCS:
-        log("data: collecting python-docs from this Python installation")
-        return _Input(given, None, ((document, None) for document in python_docs.collect()), dropped)
-    mix = MIXES.get(given)
-    if mix is None and given.endswith(".json"):
-        mix = load_mix(Path(given))
-    if mix is not None:
-        require_pinned(mix)
-        if max_bytes is None:
-            raise UserError(f"mix {mix.name} needs a size: pass --max-bytes, or --data.max-bytes with a recipe")
-        return _Input(mix.name, mix, _hub_documents(mix, max_bytes, seed, dropped, log), dropped)
-    path = Path(given)
-    require_apart(out, path)
-    return _Input(path.name, None, _local_documents(local_files(path), path, dropped, log), dropped)
+def begin(folder: Path, plan: Values) -> Job:
+    """The job of a plan in its folder. Raises UserError for a folder that holds something else."""
+    strange = [path.name for path in folder.iterdir() if not path.name.startswith(".")] if folder.is_dir() else []
+    if strange and not (folder / PLAN).is_file():
+        raise UserError(f"{folder} is where the stages of a build go, and holds {strange[0]}: move that elsewhere")
+    write_plan(folder, plan)
+    return open_job(folder)
 
 
-def _hub_documents(
-    mix: Mix, max_bytes: int, seed: int, dropped: Counter[str], log: Log
-) -> Iterator[tuple[Document, None]]:
-    for source in mix.sources:
-        wanted = int(source.share * max_bytes)
-        for document in read_source(source, wanted, seed, log, lambda reason: dropped.update([reason])):
-            yield document, None
+def link_or_copy(file: Path, other: Path) -> None:
+    """Give a finished file a second name, or a second self where the file system knows no links."""
+    try:
+        os.link(file, other)
+    except OSError:
+        shutil.copyfile(file, other)
 
 
-def _local_documents(
-    files: list[Path], root: Path, dropped: Counter[str], log: Log
-) -> Iterator[tuple[Document, str | None]]:
-    splits = [explicit_split(file, root) for file in files]
-    given = "val" in splits  # without a validation file, files named train are parted like any other
-    if set(splits) <= {"val", "test"}:
-        kinds = " and ".join(name for split, name in (("val", "validation"), ("test", "test")) if split in splits)
-        raise UserError(f"{root} holds {kinds} files only; add training files")
-    tests = splits.count("test")
-    log(f"data: reading {len(files) - tests} local files")
-    if tests:
-        log(f"data: {tests} files of a test split are left out")
-    for file, split in zip(files, splits, strict=True):
-        if split == "test":  # to be measured on later: never trained on, and no validation while training either
-            dropped["test split"] += sum(1 for _ in read_file(file, root, lambda _: dropped.update(["test split"])))
-            continue
-        for document in read_file(file, root, lambda reason: dropped.update([reason])):
-            yield document, (split or "train") if given else None
+def finish(job: Job, out: Path) -> DataManifest:
+    """Make ``out`` of the shards of a job that is done, and remove the job."""
+    gathered = job.all_made("gather")
+    training = job.made("decide", 0).counts["shards"]
+    shards = []
+    with atomic_folder(out, "data") as folder:
+        for made in gathered:
+            split = "train" if made.number < training else "val"
+            name = f"{split}-{made.number - (0 if split == 'train' else training):05d}.parquet"
+            if not made.counts["documents"] and (split, made.number) not in (("train", 0), ("val", training)):
+                continue
+            link_or_copy(job.output("gather", made.number, ".parquet"), folder / name)
+            totals = {key: made.counts[key] for key in ("documents", "bytes")}
+            shards.append(ShardRecord(file=name, split=split, sha256=made.outputs[".parquet"], **totals))
+        if not any(shard.bytes for shard in shards if shard.split == "train"):
+            raise UserError("no training text is left beside the validation split; add text")
+        manifest = _manifest(job, shards)
+        write_json(folder / "manifest.json", manifest.model_dump())
+    shutil.rmtree(job.folder)
+    return manifest
 
 
-def _source_records(given: _Input, content: Mapping[str, SourceContent]) -> list[SourceRecord]:
+def _manifest(job: Job, shards: list[ShardRecord]) -> DataManifest:
+    """What the folder of ``shards`` says of itself."""
+    plan, options = job.plan, job.plan["options"]
+    dropped = _dropped(job)
+    by_reason: Counter[str] = Counter()
+    for reasons in dropped.values():
+        by_reason.update(reasons)
+    documents = sum(shard.documents for shard in shards)
+    return DataManifest(
+        mix=plan["name"],
+        **{name: options[name] for name in ("seed", "val_fraction", "val_min_bytes", "max_bytes", "shard_bytes")},
+        documents=documents,
+        bytes=sum(shard.bytes for shard in shards),
+        read=documents + by_reason.total(),
+        splits={split: _total(shards, split) for split in SPLITS},
+        shards=shards,
+        sources=_source_records(job),
+        dropped=dict(sorted(by_reason.items())),
+        dropped_by_source=dropped,
+        stages=[_stage_record(job, stage) for stage in job.stages],
+        versions={"python": platform.python_version()},
+    )
+
+
+def _dropped(job: Job) -> dict[str, dict[str, int]]:
+    """Documents left out by every stage, by source and reason."""
+    found: dict[str, Counter[str]] = defaultdict(Counter)
+    for stage in job.stages:
+        for made in job.all_made(stage):
+            for source, reasons in made.counts.get("dropped", {}).items():
+                found[source].update(reasons)
+    return {source: dict(sorted(reasons.items())) for source, reasons in sorted(found.items())}
+
+
+def _stage_record(job: Job, stage: str) -> StageRecord:
+    """A stage by the digest of all its sidecars, without what only tells of the machine that it ran on."""
+    said = [[made.number, made.version, dict(made.inputs), dict(made.outputs)] for made in job.all_made(stage)]
+    return StageRecord(name=stage, version=job.stages[stage].version, tasks=len(said), sha256=content_sha256(said))
+
+
+def _source_records(job: Job) -> list[SourceRecord]:
     """What was asked for and what was reached, in the order of the mix."""
-    total = sum(held.bytes.total() for held in content.values())
-    described = {source.name: source for source in given.mix.sources} if given.mix else {}
+    plan = job.plan
+    training = job.made("decide", 0).counts["shards"]
+    held: dict[str, dict[str, Any]] = {}
+    for made in job.all_made("gather"):
+        for name, found in made.counts["sources"].items():
+            sums = held.setdefault(name, {"documents": Counter(), "bytes": Counter(), "languages": set()})
+            for key in ("documents", "bytes"):
+                sums[key]["train" if made.number < training else "val"] += found[key]
+            sums["languages"].update(found["languages"])
+    total = sum(found["bytes"].total() for found in held.values())
+    described: Mapping[str, Any] = {source["name"]: source for source in plan["mix"]["sources"]} if plan["mix"] else {}
     records = []
-    for name in sorted(content, key=lambda name: list(described).index(name) if name in described else -1):
-        held, wish = content[name], described.get(name)
-        embedded = python_docs.LICENCES.get(name) if given.name == PYTHON_DOCS else None
-        licence = wish.licence if wish else embedded
+    for name in sorted(held, key=lambda name: (list(described).index(name) if name in described else -1, name)):
+        found, wish = held[name], described.get(name, {})
+        embedded = python_docs.LICENCES.get(name) if plan["given"] == PYTHON_DOCS else None
         records.append(
             SourceRecord(
                 name=name,
-                dataset=wish.dataset if wish else None,
-                revision=wish.revision if wish else None,
-                licence=licence or "not stated (local files)",
-                languages=sorted(held.languages),
-                share_wanted=wish.share if wish else None,
-                share_reached=round(held.bytes.total() / total, 6),
-                documents=held.documents.total(),
-                bytes=held.bytes.total(),
-                val_documents=held.documents["val"],
-                val_bytes=held.bytes["val"],
+                dataset=wish.get("dataset"),
+                revision=wish.get("revision"),
+                licence=wish.get("licence") or embedded or "not stated (local files)",
+                languages=sorted(found["languages"]),
+                share_wanted=wish.get("share"),
+                share_reached=round(found["bytes"].total() / total, 6),
+                documents=found["documents"].total(),
+                bytes=found["bytes"].total(),
+                val_documents=found["documents"]["val"],
+                val_bytes=found["bytes"]["val"],
             )
         )
     return records

@@ -56,6 +56,17 @@ class SourceRecord(Totals):
     val_bytes: int
 
 
+class StageRecord(_Record):
+    """One stage of the build."""
+
+    name: str
+    version: int
+    """Of its code."""
+    tasks: int
+    sha256: str
+    """Of what the sidecars of its tasks say of code, inputs and outputs."""
+
+
 class DataManifest(_Record):
     """``manifest.json`` of a data folder."""
 
@@ -65,13 +76,21 @@ class DataManifest(_Record):
     val_fraction: float
     val_min_bytes: int
     max_bytes: int | None
+    shard_bytes: int = 256_000_000
+    """UTF-8 text of a training shard, about."""
     documents: int
     bytes: int
+    read: int | None = None
+    """Documents that the sources gave: those kept and those left out. None in manifests from before it was counted."""
     splits: dict[str, Totals]
     shards: list[ShardRecord]
     sources: list[SourceRecord]
     dropped: dict[str, int]
     """Number of documents left out, by reason."""
+    dropped_by_source: dict[str, dict[str, int]] = {}
+    """The same by source and reason."""
+    stages: list[StageRecord] = []
+    """Of the build, in their order."""
     versions: dict[str, str]
 
     @property

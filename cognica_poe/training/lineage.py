@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cognica_poe.data.build import mix_name
+from cognica_poe.data.engine.plan import mix_name
 from cognica_poe.data.manifest import DataManifest, load_manifest
 from cognica_poe.data.tokenizer import Tokenizer, load_tokenizer
 from cognica_poe.errors import UserError

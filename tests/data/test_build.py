@@ -124,9 +124,8 @@ def test_max_bytes_takes_a_sample_of_every_source(corpus, tmp_path):
 
 
 def test_larger_corpora_get_several_shards(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr("cognica_poe.data.shards._SHARD_BYTES", 20_000)
-    monkeypatch.setattr("cognica_poe.data.spool._FLUSH_BYTES", 5_000)
-    manifest = small(corpus, tmp_path / "out")
+    monkeypatch.setattr("cognica_poe.data.engine.texts._FLUSH_BYTES", 5_000)
+    manifest = small(corpus, tmp_path / "out", shard_bytes=20_000)
     shards = [shard for shard in manifest.shards if shard.split == "train"]
     assert len(shards) > 3 and sum(shard.documents for shard in shards) == manifest.splits["train"].documents
     assert len(origins(tmp_path / "out", "train")) == len(set(origins(tmp_path / "out", "train")))

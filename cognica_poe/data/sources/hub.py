@@ -14,9 +14,7 @@ _SHUFFLE_BUFFER = 1000
 _SPEAKERS = {"human": "user", "gpt": "assistant"}
 
 
-def read_source(
-    source: Source, max_bytes: int, seed: int, log: Callable[[str], None], drop: Callable[[str], None]
-) -> Iterator[Document]:
+def read_source(source: Source, max_bytes: int, seed: int, drop: Callable[[str], None]) -> Iterator[Document]:
     """Stream a source in a seeded order until ``max_bytes`` of text. Needs ``cognica-poe[datasets]`` and a network.
 
     A document that would go beyond that by more than a tenth is left out, and ``drop`` told the reason.
@@ -34,7 +32,6 @@ def read_source(
                 continue
             reached += size
             yield document
-        log(f"data: {source.name} ({config}): {reached / 1e6:.1f} of {part / 1e6:.1f} MB")
 
 
 def _read_config(source: Source, config: str, language: str, seed: int) -> Iterator[Document]:

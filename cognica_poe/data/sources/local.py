@@ -63,8 +63,17 @@ def explicit_split(file: Path, root: Path) -> str | None:
     return _SPLITS.get(folders[0]) if folders and (root / "train").is_dir() else None
 
 
-def read_file(file: Path, root: Path, dropped: Callable[[str], None]) -> Iterator[Document]:
-    """Documents of one file; ``dropped(reason)`` counts rows without text.
+def read_file(
+    file: Path,
+    root: Path,
+    dropped: Callable[[str, str], None],
+    groups: tuple[int, int] | None = None,
+    first_row: int = 0,
+) -> Iterator[Document]:
+    """Documents of one file; ``dropped(reason, source)`` counts rows without text.
+
+    Of a parquet file ``groups`` names the first row group to read and the one to stop before; ``first_row`` is the
+    number of the first row there.
 
     Raises UserError naming the file, and where there are any the line or column, for what cannot be read.
     """
@@ -74,10 +83,10 @@ def read_file(file: Path, root: Path, dropped: Callable[[str], None]) -> Iterato
     if kind in TEXT_FILES:
         yield Document(_read_text(file), _text_source(file, root), "code" if kind == ".py" else UNKNOWN_LANGUAGE, name)
         return
-    rows = _parquet_rows(file) if kind == ".parquet" else _jsonl_rows(file)
-    for number, row in enumerate(rows):
+    rows = _parquet_rows(file, groups) if kind == ".parquet" else _jsonl_rows(file)
+    for number, row in enumerate(rows, first_row):
         if row["text"] is None:
-            dropped("empty")
+            dropped("empty", row.get("source") or source)
             continue
         yield Document(
             row["text"],
@@ -104,7 +113,7 @@ def _read_text(file: Path) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _parquet_rows(file: Path) -> Iterator[dict[str, str | None]]:
+def _parquet_rows(file: Path, groups: tuple[int, int] | None) -> Iterator[dict[str, str | None]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -121,7 +130,8 @@ def _parquet_rows(file: Path) -> Iterator[dict[str, str | None]]:
                 strings = pa.types.is_string(kind) or pa.types.is_large_string(kind)
                 if not (strings or (missing and pa.types.is_null(kind))):
                     raise UserError(f"column {name!r} of {file} holds {kind}, not strings; convert it")
-            for batch in parquet.iter_batches(batch_size=256, columns=known):
+            chosen = range(*groups) if groups else range(parquet.num_row_groups)
+            for batch in parquet.iter_batches(batch_size=256, columns=known, row_groups=chosen):
                 yield from batch.to_pylist()
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = (str(error).splitlines() or [""])[0]
