@@ -108,6 +108,30 @@ class ModelRecipe:
 
 
 @dataclass(frozen=True)
+class CleaningRecipe:
+    """Which documents are dropped before training; the manifest counts each with its reason."""
+
+    min_chars: int = setting(0, later=True)
+    """Fewest characters of a document."""
+    max_chars: int | None = setting(None, low=1, later=True)
+    """Most characters of a document."""
+    check_language: bool = setting(False, later=True)
+    """Drop what is not in the language that its source states, by script or by frequent words."""
+    max_symbol_share: float = setting(1.0, high=1, later=True)
+    """Most characters that are no letter, digit, mark or white space, as a share; program source is not held to it."""
+    exact_duplicates: bool = setting(True, later=True)
+    """Drop all but one of equal texts."""
+    near_duplicates: bool = setting(False, later=True)
+    """Drop all but one of texts that share most of their words in order."""
+    validation_leaks: bool = setting(True, later=True)
+    """Drop training documents that hold a document or a paragraph of the validation split."""
+    evaluation_texts: str | None = setting(None, later=True)
+    """File or folder of texts that the model is evaluated on: drop documents that hold a run of their words."""
+    evaluation_words: int = setting(13, low=1, high=1000, later=True)
+    """Length of such a run in words."""
+
+
+@dataclass(frozen=True)
 class DataRecipe:
     """Where the text comes from and how it becomes rows."""
 
@@ -124,6 +148,7 @@ class DataRecipe:
     tokenizer_bytes: int = setting(60_000_000, low=1)
     """Text the tokenizer is trained on, in bytes."""
     seed: int = 0
+    cleaning: CleaningRecipe = dataclasses.field(default_factory=CleaningRecipe)
 
 
 @dataclass(frozen=True)
