@@ -96,10 +96,15 @@ def analyze_step(run: Path, recipe: Recipe, model: Any, step: int, log: Log, spe
     )
     record.made_from = MadeFrom(**parts)
     if speed:
-        from cognica_poe.bench.speeds import measure_speeds
+        from cognica_poe.bench.speeds import margins_of, measure_speeds
 
         rows = measure_speeds(
-            model, load_tokenizer(Path(run) / "tokenizer"), record.wand_bounds, k_draft=recipe.release.k_draft, log=log
+            model,
+            load_tokenizer(Path(run) / "tokenizer"),
+            record.wand_bounds,
+            margins_of(record),
+            k_draft=recipe.release.k_draft,
+            log=log,
         )
         record.speeds = [Speed.model_validate(row) for row in rows]
     record.write(folder)

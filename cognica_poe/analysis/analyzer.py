@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from cognica_poe.analysis.agreement import exit_rules
 from cognica_poe.analysis.bits_per_byte import DocumentSums, Measurement, measure_paths
 from cognica_poe.analysis.bootstrap import Bootstrap, Interval
 from cognica_poe.analysis.conditions import one_thread
@@ -107,6 +108,7 @@ def analyze(
         **path_fields(result.sums, bootstrap),
         "wand_bounds": wand.pop("bounds"),
         "wand": wand,
+        "exit_rules": [asdict(rule) for rule in exit_rules(result.positions, result.positions.document)],
         "speculative": {key: value for key, value in asdict(speculative).items() if key != "by_prompt"},
         "routing": asdict(route(result.positions, stage0_cost(config))) if result.sums.stages > 1 else None,
         "heads": _heads(model, tokenizer, part, head_documents, batch_rows, seed, log),

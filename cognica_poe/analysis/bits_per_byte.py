@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 _CHUNK_BYTES = 2**20  # of one [positions, V] slice: passes over it stay in the processor's cache
 _CHUNK_BYTES_CUDA = 2**27
-_DTYPES = (np.float32, np.float32, np.bool_)  # of margin, range and agrees in ``Positions``
+_DTYPES = (np.float32, np.float32, np.bool_, np.float32)  # of margin, range, agrees and direct in ``Positions``
 
 
 @dataclass
@@ -63,13 +63,15 @@ class Positions:
 
     document [N] int64; margin [K-1, N] fp32: top1 - top2 of the log-probabilities c_k, k < K-1; range [K-1, N] fp32:
     max - min over the vocabulary of ``c_{k+1} - c_k``; agrees [K-1, N] bool: argmax of c_k is the argmax of the full
-    pool; stage0_correct, full_correct [N] bool: the top-1 token is the target.
+    pool; direct [K-1, N] fp32: max - min of the full pool minus c_k; stage0_correct, full_correct [N] bool: the top-1
+    token is the target.
     """
 
     document: NDArray[np.int64]
     margin: NDArray[np.float32]
     range: NDArray[np.float32]
     agrees: NDArray[np.bool_]
+    direct: NDArray[np.float32]
     stage0_correct: NDArray[np.bool_]
     full_correct: NDArray[np.bool_]
 
@@ -94,6 +96,7 @@ class PathScores:
     margin: list[Tensor] = field(default_factory=list)
     range: list[Tensor] = field(default_factory=list)
     agrees: list[Tensor] = field(default_factory=list)
+    direct: list[Tensor] = field(default_factory=list)
 
 
 def measure_paths(
@@ -184,7 +187,7 @@ def score_paths(stages: list[Tensor], plain: Tensor, targets: Tensor, alpha: flo
         for name in ("full", "stage0", "prefix0"):
             out.nats[name], out.correct[name] = out.nats["plain"], out.correct["plain"]
         return out
-    tops = []
+    tops, pools = [], []
     mean = stages[0].clone()
     for k, logits in enumerate(stages):
         top = _score(out, f"stage{k}", logits, targets)
@@ -207,6 +210,10 @@ def score_paths(stages: list[Tensor], plain: Tensor, targets: Tensor, alpha: flo
         tops.append(top)
         if k < len(stages) - 1:
             out.margin.append(_margin(score, top))
+            pools.append(score.clone())
+    for pool in pools:
+        change = pool.sub_(score)
+        out.direct.append(change.amax(-1) - change.amin(-1))
     last = f"prefix{len(stages) - 1}"
     out.nats["full"], out.correct["full"] = out.nats[last], out.correct[last]
     out.agrees = [top == tops[-1] for top in tops[:-1]]
@@ -261,9 +268,10 @@ class _Collector:
                 sums[name] = sums[name] + added if name in sums else added
         keep = owner < self.kept_documents
         if keep.any():
+            kinds = (scores.margin, scores.range, scores.agrees, scores.direct)
             rows = [
                 torch.stack(values).cpu().numpy()[:, keep] if values else np.empty((0, int(keep.sum())), dtype)
-                for values, dtype in zip((scores.margin, scores.range, scores.agrees), _DTYPES, strict=True)
+                for values, dtype in zip(kinds, _DTYPES, strict=True)
             ]
             correct = [scores.correct[name].cpu().numpy()[keep] for name in ("stage0", "full")]
             self.kept.append((owner[keep], *rows, *correct))

@@ -22,6 +22,7 @@ from cognica_poe.analysis.record_parts import (
     Baseline,
     BitsPerByte,
     Count,
+    ExitRule,
     Gaps,
     Heads,
     Intervals,
@@ -61,6 +62,8 @@ class AnalysisRecord(Part):
     accuracy_intervals: Intervals
     wand_bounds: list[Annotated[float, Field(ge=0.0)]]
     wand: Wand
+    exit_rules: list[ExitRule] = Field(default_factory=list)
+    """The direct bound, then one rule by stated agreement."""
     speculative: Speculative
     routing: Routing | None = None
     heads: Heads | None = None

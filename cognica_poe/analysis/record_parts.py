@@ -96,6 +96,20 @@ class Wand(Part):
     agreement: Share
 
 
+class ExitRule(Part):
+    """Early exit by margins, teacher-forced, the last three tested on documents that did not calibrate; all null where
+    the text is too little to show the stated agreement."""
+
+    stated: Share | None
+    """Agreement that the margins were calibrated for; null for the direct p99 bound."""
+    margins: list[Annotated[float, Field(ge=0.0)]] | None
+    """Nats between the first two tokens above which one leaves, by stage but the last."""
+    exit_fraction: list[Share] | None
+    agreement: Share | None
+    low: Share | None
+    """One-sided 95 % lower limit of ``agreement``, over documents."""
+
+
 class Speculative(Part):
     """Greedy self-speculative decoding; acceptance is null where nothing was proposed."""
 

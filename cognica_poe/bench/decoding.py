@@ -11,8 +11,9 @@ import copy
 import gc
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from cognica_poe.analysis.bootstrap import Bootstrap
 from cognica_poe.modeling.drafting_cognica_poe import Drafts
 from cognica_poe.modeling.engine_cognica_poe import Engines
 from cognica_poe.modeling.linears_cognica_poe import LINEARS
+from cognica_poe.modeling.margins_cognica_poe import held_margins
 from cognica_poe.modeling.modeling_cognica_poe import CognicaPoEForCausalLM
 from cognica_poe.modeling.request_cognica_poe import GenerationRequest, Transcript
 from cognica_poe.modeling.speculation_cognica_poe import Verifier, decode_speculative, verify
@@ -66,6 +68,8 @@ class Settings:
     """Accept every draft with this probability, whatever it is: for planning with random weights."""
     synthetic_exit: float | None = None
     """The same for drafts of exits."""
+    margins: Mapping[str, Sequence[float]] | None = None
+    """Margins to leave early by, by name; those of the model's configuration when None."""
 
 
 def time_contenders(
@@ -112,18 +116,17 @@ def own_contenders(model: CognicaPoEForCausalLM, settings: Settings) -> list[Con
         Contender("full", _text_of(model.generate_prefix, {}, **new)),
         Contender("full", _text_of(narrow.generate_prefix, {"unpadded": True}, **new)),
     ]
-    for count in range(1, K):
-        found.append(Contender(f"prefix {count}", _text_of(model.generate_prefix, {}, max_stages=count, **new)))
-    for stage in range(K):
-        found.append(Contender(f"stage {stage}", _text_of(model.generate_stage, {}, stage=stage, **new)))
-    for layer in model.config.poe_exit_layers:
-        found.append(Contender(f"exit {layer}", _text_of(model.generate_exit, {}, layer=layer, **new)))
+    exits = model.config.poe_exit_layers
+    found += [Contender(f"prefix {n}", _text_of(model.generate_prefix, {}, max_stages=n, **new)) for n in range(1, K)]
+    found += [Contender(f"stage {k}", _text_of(model.generate_stage, {}, stage=k, **new)) for k in range(K)]
+    found += [Contender(f"exit {n}", _text_of(model.generate_exit, {}, layer=n, **new)) for n in exits]
     if model.config.poe_wand_p99_bounds_per_stage_head is not None:
-        found.append(Contender("wand", lambda ids: _wand(model, ids, new)))
+        found.append(Contender("wand", partial(_wand, model, new)))
+    for name, margins in (settings.margins or held_margins(model.config)).items():
+        found.append(Contender(f"wand {name}", partial(_wand, model, {**new, "margins": margins})))
     drafters = [d for d in settings.drafters if settings.synthetic is None or d != "lookup"]
-    first, exits = model.config.stage_segments[0], settings.synthetic_exit
-    places = [("", first, settings.synthetic)]
-    places += [(f" exit {n}", model.config.poe_cuts.index(n), exits) for n in model.config.poe_exit_layers]
+    places = [("", model.config.stage_segments[0], settings.synthetic)]
+    places += [(f" exit {n}", model.config.poe_cuts.index(n), settings.synthetic_exit) for n in exits]
     for name, segment, rate in places:
         verifier = verify if rate is None else accepting(rate)
         for drafter in drafters:
@@ -139,8 +142,8 @@ def _text_of(method: Callable[..., Any], facts: dict, **options: Any) -> Answer:
     return lambda ids: (method(ids, **options), facts)
 
 
-def _wand(model: CognicaPoEForCausalLM, ids: torch.Tensor, new: dict) -> tuple[torch.Tensor, dict]:
-    out, used = model.generate_wand(ids, return_stages_used=True, **new)
+def _wand(model: CognicaPoEForCausalLM, options: dict, ids: torch.Tensor) -> tuple[torch.Tensor, dict]:
+    out, used = model.generate_wand(ids, return_stages_used=True, **options)
     return out, {"used": used}
 
 
@@ -253,7 +256,7 @@ def _row(
     }
     if contender.synthetic is not None:
         row |= {"synthetic_acceptance": contender.synthetic, "identical_to_greedy": None}
-    if contender.mode == "wand":
+    if contender.mode.split()[0] == "wand":
         used = torch.cat([facts["used"].flatten() for facts in contender.facts])
         row["stages_used"] = torch.bincount(used, minlength=model.config.num_stages + 1)[1:].tolist()
         row["agreement"] = agreement(model, contender.outputs, settings.new_tokens)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,16 +13,24 @@ from cognica_poe.analysis.probes import PROBES
 from cognica_poe.bench.decoding import Settings, time_contenders
 
 if TYPE_CHECKING:
+    from cognica_poe.analysis.record import AnalysisRecord
     from cognica_poe.data.tokenizer import Tokenizer
     from cognica_poe.modeling.modeling_cognica_poe import CognicaPoEForCausalLM
 
 NEW_TOKENS = 60
 
 
+def margins_of(record: AnalysisRecord) -> dict[str, list[float]]:
+    """Margins of a record to leave early by, [K-1] each, by name: ``direct`` and the stated agreements."""
+    rules = [rule for rule in record.exit_rules if rule.margins is not None]
+    return {"direct" if rule.stated is None else f"{rule.stated:g}": list(rule.margins or ()) for rule in rules}
+
+
 def measure_speeds(
     model: CognicaPoEForCausalLM,
     tokenizer: Tokenizer,
     bounds: Sequence[float],
+    margins: Mapping[str, Sequence[float]],
     *,
     k_draft: int = 4,
     new_tokens: int = NEW_TOKENS,
@@ -32,7 +40,8 @@ def measure_speeds(
     """Rows of ``record.Speed``, one per mode; none for a model without stages to leave out, or of too short a context.
 
     At most ``new_tokens`` follow a prompt, as many as the context has room for. ``bounds`` [K-1]: of WAND, nats, as
-    measured at this checkpoint. The model's configuration is left as it was.
+    measured at this checkpoint; ``margins`` by name, [K-1] each: other rules to leave early by. The model's
+    configuration is left as it was.
     """
     if model.config.poe_mode == "none" or model.config.num_stages < 2:
         return []
@@ -42,7 +51,7 @@ def measure_speeds(
     if new_tokens < 1:
         log("no speeds: the context is too short for the probe prompts")
         return []
-    settings = Settings(new_tokens=new_tokens, rounds=rounds, k_drafts=(k_draft,), drafters=("stage",))
+    settings = Settings(new_tokens=new_tokens, rounds=rounds, k_drafts=(k_draft,), drafters=("stage",), margins=margins)
     model.config = copy.deepcopy(config)
     model.config.poe_wand_p99_bounds_per_stage_head = list(bounds)
     try:

@@ -224,8 +224,8 @@ def print_decoding(found: dict[str, Any]) -> None:
         ]
         print_table("others", ["name", "tokens/s", "cached greedy is faster by"], cells)
     for row in found["rows"]:
-        if row["mode"] == "wand":
-            print(f"wand: tokens by stages used {row['stages_used']}")
+        if row["mode"].split()[0] == "wand":
+            print(f"{row['mode']}: tokens by stages used {row['stages_used']}")
     rate = found["copy_bytes_per_s"]
     print(
         f"a plain step reads {found['weight_bytes_per_step'] / 1e6:,.1f} MB of weights and takes "

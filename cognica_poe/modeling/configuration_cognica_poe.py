@@ -57,6 +57,8 @@ class CognicaPoEConfig(PreTrainedConfig):
     poe_head_count: int = None  # type: ignore[assignment]  # None becomes the number of stages
     poe_wand_p99_bounds_per_stage_head: list[float] | None = None
     poe_wand_p99_bounds_per_exit: list[float] | None = None  # None: WAND passes by the exits
+    poe_direct_p99_bounds: list[float] | None = None  # margins behind stages 0 .. K-2, of the pool's remaining change
+    poe_agreement_margins: dict[str, list[float]] | None = None  # such margins by the agreement that they keep
     use_cache: bool = True
     tie_word_embeddings: bool = False
 
@@ -102,6 +104,17 @@ class CognicaPoEConfig(PreTrainedConfig):
         check(fits, f"poe_head_count {self.poe_head_count} differs from the {count} stages of poe_stage_layers")
         fits, count = bounds is None or len(bounds) == len(stages) - 1, len(stages) - 1
         check(fits, f"poe_wand_p99_bounds_per_stage_head needs {count} bounds, one per transition between stages")
+        self._check_margins()
+
+    def _check_margins(self) -> None:
+        named = {"poe_direct_p99_bounds": self.poe_direct_p99_bounds}
+        for agreement, margins in (self.poe_agreement_margins or {}).items():
+            name = f"poe_agreement_margins {agreement!r}"
+            check(_is_share(agreement), f"{name} is no agreement; name one between 0 and 1, such as '0.99'")
+            named[name] = margins
+        for name, margins in named.items():
+            fits = margins is None or (len(margins) == self.num_stages - 1 and all(margin >= 0 for margin in margins))
+            check(fits, f"{name} needs {self.num_stages - 1} non-negative margins, one per stage but the last")
 
     def _check_exits(self) -> None:
         exits, rank, layers = self.poe_exit_layers, self.exit_head_rank, self.num_hidden_layers
@@ -155,6 +168,13 @@ class CognicaPoEConfig(PreTrainedConfig):
     def has_value_embedding(self, layer: int) -> bool:
         """Value embeddings sit on every other layer, the last one included."""
         return layer % 2 == (self.num_hidden_layers - 1) % 2
+
+
+def _is_share(text: str) -> bool:
+    try:
+        return 0.0 < float(text) < 1.0
+    except ValueError:
+        return False
 
 
 def check(condition: bool, message: str) -> None:

@@ -27,6 +27,7 @@ from .drafting_cognica_poe import DRAFTERS
 from .engine_cognica_poe import Engines
 from .graphs_cognica_poe import has_compiler
 from .loops_cognica_poe import decode_pool, decode_wand
+from .margins_cognica_poe import leaving_margins
 from .request_cognica_poe import GenerationRequest, is_int, pad_rows
 from .settings_cognica_poe import read_settings
 from .speculation_cognica_poe import decode_speculative
@@ -144,6 +145,8 @@ class PoEDecodingMixin(GenerationMixin):
         p99_bounds: Sequence[float] | None = None,
         return_stages_used: bool = False,
         exit_bounds: Sequence[float] | None = None,
+        guarantee: float | None = None,
+        margins: Sequence[float] | None = None,
         **options,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Adaptive depth: a token leaves after stage k when ``top1 - top2 > safety * sum of the remaining bounds``.
@@ -158,14 +161,19 @@ class PoEDecodingMixin(GenerationMixin):
                 of another number of stages refuses.
             return_stages_used: also return how many stages each new token used, one that it left at an exit included.
             exit_bounds: one bound per exit, or none at all to pass by the exits; the config's when None.
+            guarantee: leave by the margins that were calibrated for this agreement with the full pool, such as 0.99,
+                instead of by bounds: at least this share of the tokens is the pool's, behind text like that of the
+                calibration. Those of the config's ``poe_agreement_margins``.
+            margins: K-1 margins of the caller's own instead, such as the config's ``poe_direct_p99_bounds``.
 
         Returns:
             ids ``[B, T + new]``; with ``return_stages_used`` also int64 ``[B, new]`` in 1..K, 0 after a row's end.
         """
         self._check_trained([0])
-        bounds, exits = self._wand_bounds(p99_bounds, safety), self._exit_bounds(exit_bounds)
+        fallback = self.POE_WAND_P99_BOUNDS_PER_STAGE_HEAD
+        stops = leaving_margins(self.config, fallback, safety, p99_bounds, exit_bounds, guarantee, margins)
         request = GenerationRequest.build(self, input_ids, **options)
-        transcript, used = decode_wand(self, request, bounds, safety, exits)
+        transcript, used = decode_wand(self, request, *stops)
         ids = transcript.finish()
         return (ids, pad_rows(used, 0).to(ids.device)) if return_stages_used else ids
 
@@ -271,29 +279,6 @@ class PoEDecodingMixin(GenerationMixin):
         trained = self.config.poe_mode != "none"
         check(trained, "poe_mode is none: the stage heads of this model are not trained; use generate()")
         self.check_stages(stages, name, value)
-
-    def _exit_bounds(self, bounds: Sequence[float] | None) -> list[float]:
-        exits = self.config.poe_exit_layers
-        held = self.config.poe_wand_p99_bounds_per_exit if bounds is None else bounds
-        bounds = [float(bound) for bound in held or ()]
-        fits = not bounds or (len(bounds) == len(exits) and all(bound >= 0 for bound in bounds))
-        check(fits, f"exit_bounds {bounds} need {len(exits)} non-negative values, one per exit, or none at all")
-        return bounds
-
-    def _wand_bounds(self, bounds: Sequence[float] | None, safety: float) -> list[float]:
-        K = self.config.num_stages
-        bounds = self.config.poe_wand_p99_bounds_per_stage_head if bounds is None else bounds
-        if bounds is None:
-            how = f"pass p99_bounds with {K - 1} values, or calibrate the model so that its config has "
-            fallback = self.POE_WAND_P99_BOUNDS_PER_STAGE_HEAD if K > 1 else ()
-            fits = len(fallback) == K - 1
-            check(fits, f"no WAND bounds for {K} stages: {how}poe_wand_p99_bounds_per_stage_head")
-            bounds = fallback
-        bounds = [float(bound) for bound in bounds]
-        fits = len(bounds) == K - 1 and all(bound >= 0 for bound in bounds)
-        check(fits, f"p99_bounds {bounds} need {K - 1} non-negative values, one per transition between stages")
-        check(safety >= 0, f"safety is {safety}; it must not be negative")
-        return bounds
 
 
 def _configured_mode(configs: list, mode: str | None, options: dict | None) -> tuple[str | None, dict | None]:

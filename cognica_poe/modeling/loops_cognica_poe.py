@@ -44,17 +44,15 @@ def decode_all(model, request: GenerationRequest) -> Transcript:
 
 
 def decode_wand(
-    model, request: GenerationRequest, bounds: Sequence[float], safety: float, exit_bounds: Sequence[float] = ()
+    model, request: GenerationRequest, margins: Sequence[float], exit_margins: Sequence[float] = ()
 ) -> tuple[Transcript, list[list[int]]]:
     """Early exit. The deep layers of a token that left early run when a later token needs them, in one block with it.
 
     Args:
         model: the causal language model.
         request: what is wanted.
-        bounds: what each transition between pools may move, ``[K - 1]`` nats.
-        safety: factor on the bounds.
-        exit_bounds: what lies between each exit and the pool of the stages up to the end of its own; none to pass by
-            the exits.
+        margins: a token leaves after stage k when its first two scores are further apart, ``[K - 1]`` nats.
+        exit_margins: the same for every exit; none to pass by the exits.
 
     Returns:
         the transcript and, per row, the number of stages that each new token used, one that it left at an exit
@@ -62,13 +60,13 @@ def decode_wand(
     """
     cache, transcript = prompt_cache(model, request), Transcript(request)
     used: list[list[int]] = [[] for _ in request.lengths]
-    stops = _stops(model.config, bounds, exit_bounds)
+    stops = _stops(model.config, margins, exit_margins)
     while not transcript.done:
         rows = undecided = transcript.open_rows
         logits: list[torch.Tensor] = []
         depth, chosen = [0] * len(rows), torch.empty(0)
         start = 0
-        for segment, stage, rest, is_exit in stops:
+        for segment, stage, margin, is_exit in stops:
             cache.advance(start, segment, undecided)
             head = cache.logits(segment, cache.last_known())[:, 0]
             logits += [] if is_exit else [head]
@@ -80,7 +78,7 @@ def decode_wand(
             if (start := segment + 1) == len(model.config.poe_cuts):
                 break
             first, second = scores.topk(2, dim=-1).values.unbind(dim=-1)
-            certain = (first - second > safety * rest).tolist()
+            certain = (first - second > margin).tolist()
             undecided = [part and not leaves for part, leaves in zip(undecided, certain, strict=True)]
             if not any(undecided):
                 break
@@ -90,15 +88,13 @@ def decode_wand(
     return transcript, used
 
 
-def _stops(config, bounds: Sequence[float], exit_bounds: Sequence[float]) -> list[tuple[int, int, float, bool]]:
-    """Where a token may leave: the segment, its stage, what the rest may still move, and whether it is an exit."""
-    ends, stops = config.stage_segments, []
-    for stage, end in enumerate(ends):
-        stops.append((end, stage, sum(bounds[stage:]), False))
-    for exit, bound in enumerate(exit_bounds):
+def _stops(config, margins: Sequence[float], exit_margins: Sequence[float]) -> list[tuple[int, int, float, bool]]:
+    """Where a token may leave: the segment, its stage, the margin that it takes, and whether it is an exit."""
+    ends = config.stage_segments
+    stops = [(end, stage, margin, False) for stage, (end, margin) in enumerate(zip(ends, [*margins, 0.0], strict=True))]
+    for exit, margin in enumerate(exit_margins):
         segment = config.poe_cuts.index(config.poe_exit_layers[exit])
-        stage = sum(end < segment for end in ends)
-        stops.append((segment, stage, sum([bound, *bounds[stage:]]), True))
+        stops.append((segment, sum(end < segment for end in ends), margin, True))
     return sorted(stops)
 
 

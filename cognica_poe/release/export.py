@@ -1,9 +1,9 @@
 """A release folder: everything of one step that a stranger needs, checked before it gets its name.
 
-``model.safetensors``, ``config.json`` (with this step's WAND bounds and the auto_map), ``generation_config.json``, the
-tokenizer, the model code (the same bytes in every revision), ``analysis.json`` and the sums behind it,
-``release.json``, the trajectory up to this step, ``README.md`` (the card, rendered from these), ``LICENSE``, ``NOTICE``
-and ``MANIFEST.sha256``.
+``model.safetensors``, ``config.json`` (with this step's WAND bounds, margins and the auto_map),
+``generation_config.json``, the tokenizer, the model code (the same bytes in every revision), ``analysis.json`` and the
+sums behind it, ``release.json``, the trajectory up to this step, ``README.md`` (the card, rendered from these),
+``LICENSE``, ``NOTICE`` and ``MANIFEST.sha256``.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from cognica_poe.analysis.agreement import config_margins
 from cognica_poe.data.tokenizer import export_tokenizer, load_tokenizer
 from cognica_poe.errors import UserError
 from cognica_poe.files import (
@@ -91,12 +92,12 @@ def export_release(
 ) -> Path:
     """Write the release folder ``out`` of ``model`` at ``step``, or nothing at all; returns ``out``.
 
-    ``record``: the step's analysis record (JSON layout). ``wand_bounds`` [K-1], nats, go into the config. ``about``:
-    what the card says beside the record (``license``, ``languages``, ``description``, ``data``). ``sums``: the file
-    beside the record, where there is one. ``earlier``: release folders of steps before this one, for its trajectory.
-    ``dtype``: of the stored weights. The model is left as it was. Raises UserError when ``out`` holds anything but a
-    release, when record, bounds, tokenizer and weights do not belong together, or the written folder does not give
-    back the same weights and logits.
+    ``record``: the step's analysis record (JSON layout); the margins of its exit rules go into the config, as do
+    ``wand_bounds`` [K-1], nats. ``about``: what the card says beside the record (``license``, ``languages``,
+    ``description``, ``data``). ``sums``: the file beside the record, where there is one. ``earlier``: release folders
+    of steps before this one, for its trajectory. ``dtype``: of the stored weights. The model is left as it was. Raises
+    UserError when ``out`` holds anything but a release, when record, bounds, tokenizer and weights do not belong
+    together, or the written folder does not give back the same weights and logits.
     """
     out = Path(out)
     require_replaceable(out, "release")
@@ -110,7 +111,8 @@ def export_release(
     bos_id = _check_tokenizer(Path(tokenizer_dir), model.config.vocab_size)
     described = {"name": name, "step": step, "repo_id": repo_id or name, **dict(about or {})}
     with atomic_folder(out, "release", wait=600.0) as folder:  # of another export of this step
-        with _as_released(model, list(wand_bounds), bos_id, stored) as state:
+        margins = config_margins(data.get("exit_rules") or [])
+        with _as_released(model, list(wand_bounds), margins, bos_id, stored) as state:
             model.save_pretrained(folder, state_dict=dict(state), max_shard_size=2 * size + 1_000_000)
             config = read_json(folder / "config.json", "model configuration")
             write_json(folder / "config.json", {**config, "dtype": dtype})
@@ -229,13 +231,15 @@ def _check_tokenizer(folder: Path, vocab_size: int) -> int:
 
 @contextlib.contextmanager
 def _as_released(
-    model: CognicaPoEForCausalLM, bounds: list[float], bos_id: int, dtype: torch.dtype
+    model: CognicaPoEForCausalLM, bounds: list[float], margins: Mapping[str, Any], bos_id: int, dtype: torch.dtype
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Yield the state dict to store; meanwhile the model carries the released configuration, then its own again."""
     before = model.config, model.generation_config
     config = copy.deepcopy(model.config)
     generation = copy.deepcopy(model.generation_config)
     config.poe_wand_p99_bounds_per_stage_head = [float(bound) for bound in bounds]
+    for field, value in margins.items():
+        setattr(config, field, value)
     for part in (config, generation):  # BOS starts every document, so it ends generation and serves as padding
         part.bos_token_id = part.eos_token_id = part.pad_token_id = bos_id
     type(config).register_for_auto_class()

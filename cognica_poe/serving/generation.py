@@ -74,7 +74,8 @@ def _run(model: Any, ids: torch.Tensor, options: GenerationOptions, common: dict
             return model.generate_exit(ids, options.layer, **common), {}
         case "wand":
             safety = 1.0 if options.safety is None else options.safety
-            out, used = model.generate_wand(ids, safety=safety, return_stages_used=True, **common)
+            chosen = {"safety": safety, "guarantee": options.guarantee}
+            out, used = model.generate_wand(ids, **chosen, return_stages_used=True, **common)
             return out, {"mean_stages_used": used[used > 0].double().mean().item()}
         case "speculative":
             drafting: dict[str, Any] = {"draft_stage": options.stage or 0, "drafter": options.drafter or "stage"}

@@ -16,7 +16,7 @@ READS: dict[str, tuple[str, ...]] = {
     "prefix": ("stages",),
     "stage": ("stage",),
     "exit": ("layer",),
-    "wand": ("safety",),
+    "wand": ("safety", "guarantee"),
     "speculative": ("stage", "layer", "k_draft", "drafter"),
     "parallel": ("stage_list",),
 }
@@ -43,6 +43,9 @@ class GenerationOptions:
     """parallel: the stages to compose; the first alone when omitted."""
     safety: float | None = setting(None, high=1_000_000)
     """wand: factor on the calibrated bounds; 1 when omitted."""
+    guarantee: float | None = setting(None, low=0, high=1, above=True)
+    """wand: exit by the margins that were calibrated to agree with the full pool in this share of tokens, such as 0.99.
+    """
     k_draft: int | None = setting(None, low=1, high=1024)
     """speculative: drafted tokens per round; 4 when omitted."""
     drafter: Drafter | None = None
@@ -108,6 +111,8 @@ def require_read(command: str, mode: str | None, options: object) -> None:
             readers = " or ".join(f"--mode {other}" for other, names in READS.items() if name in names)
             where = f"with --mode {mode}" if mode else "without --mode"
             raise UserError(f"{command}: {_flag(name)} does nothing {where}: leave it out, or give {readers}")
+    if getattr(options, "guarantee", None) is not None and getattr(options, "safety", None) is not None:
+        raise UserError(f"{command}: --guarantee and --safety both say when to exit: give one of them")
     stage, layer = (getattr(options, name) for name in ("stage", "layer"))
     if mode == "exit" and layer is None:
         raise UserError(f"{command}: --mode exit needs --layer, the number of layers before the exit")

@@ -18,7 +18,7 @@ TOKENIZER = ByteTokenizer()
 def slow_reference(model, texts):
     """One window per forward pass, one position at a time, everything through ``combine`` in fp64."""
     window, alpha = model.config.max_position_embeddings, model.config.poe_alpha
-    rows = []  # (document, {path: nats}, {path: correct}, margins, ranges, agrees)
+    rows = []  # (document, {path: nats}, {path: correct}, margins, ranges, agrees, direct ranges)
     for index, text in enumerate(texts):
         ids = TOKENIZER.encode(text)
         for start in range(0, len(ids), window):
@@ -40,6 +40,7 @@ def slow_reference(model, texts):
                         [float(top[0] - top[1]) for top in best[:-1]],
                         [float((b - a).max() - (b - a).min()) for a, b in itertools.pairwise(pools)],
                         [bool(pool.argmax() == pools[-1].argmax()) for pool in pools[:-1]],
+                        [float((pools[-1] - pool).max() - (pools[-1] - pool).min()) for pool in pools[:-1]],
                     )
                 )
     return rows
@@ -67,7 +68,7 @@ def test_one_pass_equals_the_slow_reference(alpha, stage_layers):
     positions = result.positions
     assert positions.margin.shape == positions.range.shape == (len(stage_layers) - 1, len(rows))
     np.testing.assert_array_equal(positions.document, [row[0] for row in rows])
-    for field, column in (("margin", 3), ("range", 4), ("agrees", 5)):
+    for field, column in (("margin", 3), ("range", 4), ("agrees", 5), ("direct", 6)):
         expected = np.array([row[column] for row in rows]).T.reshape(len(stage_layers) - 1, len(rows))
         np.testing.assert_allclose(getattr(positions, field), expected, rtol=1e-6, atol=1e-9)
     np.testing.assert_array_equal(positions.full_correct, [row[2]["full"] for row in rows])

@@ -42,7 +42,7 @@ def _positions(seed: int, documents: int = 40, each: int = 200) -> Positions:
     margin = generator.exponential(2.0, size=(2, n)).astype(np.float32)
     right = generator.random(n) < 0.6
     stage0 = right & (generator.random(n) > 0.3 * np.exp(-margin[0]))
-    return Positions(np.repeat(np.arange(documents), each), margin, spread, margin > 1, stage0, right)
+    return Positions(np.repeat(np.arange(documents), each), margin, spread, margin > 1, spread, stage0, right)
 
 
 def test_bins_stand_for_the_positions():
@@ -57,7 +57,7 @@ def test_bins_stand_for_the_positions():
             *(part.sum(0, keepdims=True).astype(float) for part in (counts.margin, counts.regressions)), cap
         )
         assert binned[0] == pytest.approx(exact.fraction, abs=0.02), cap
-    assert count_positions(Positions(*(np.empty((0, 3)) for _ in range(6)))) is None
+    assert count_positions(Positions(*(np.empty((0, 3)) for _ in range(7)))) is None
 
 
 def test_values_outside_the_edges_are_counted():

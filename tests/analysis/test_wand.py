@@ -19,6 +19,7 @@ def random_positions(count=500, transitions=3, seed=0):
         agrees=generator.random((transitions, count)) < 0.9,
         stage0_correct=generator.random(count) < 0.5,
         full_correct=generator.random(count) < 0.5,
+        direct=generator.exponential(0.5, size=(transitions, count)).astype(np.float32),
     )
 
 

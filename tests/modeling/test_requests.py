@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from cognica_poe.modeling.margins_cognica_poe import leaving_margins, wand_bounds
 from tests.conftest import make_model
 
 PROMPT = torch.arange(1, 9)[None]
@@ -87,10 +88,39 @@ def test_wand_bounds(model):
 
 def test_where_wand_bounds_come_from():
     four = make_model(num_hidden_layers=4, poe_stage_layers=[1, 1, 1, 1])
-    assert four._wand_bounds(None, 1.0) == [3.2557, 1.5259, 1.1327]
-    four.config.poe_wand_p99_bounds_per_stage_head = [3.0, 2.0, 1.0]
-    assert four._wand_bounds(None, 1.0) == [3.0, 2.0, 1.0]
-    assert four._wand_bounds([1, 1, 1], 1.0) == [1.0, 1.0, 1.0]
+    config, fallback = four.config, four.POE_WAND_P99_BOUNDS_PER_STAGE_HEAD
+    assert wand_bounds(config, fallback, 1.0, None) == [3.2557, 1.5259, 1.1327]
+    config.poe_wand_p99_bounds_per_stage_head = [3.0, 2.0, 1.0]
+    assert wand_bounds(config, fallback, 1.0, None) == [3.0, 2.0, 1.0]
+    assert wand_bounds(config, fallback, 1.0, [1, 1, 1]) == [1.0, 1.0, 1.0]
+
+
+def test_a_guarantee_is_a_set_of_margins(model):
+    margins = {"0.9": [0.3, 0.1], "0.99": [0.8, 0.4]}
+    stated = make_model(poe_agreement_margins=margins, poe_direct_p99_bounds=[1.5, 0.5])
+    assert leaving_margins(stated.config, (), 1.0, None, None, 0.99, None) == ([0.8, 0.4], [])
+    new = {"max_new_tokens": 12, "return_stages_used": True}
+    for guarantee, chosen in ((0.9, margins["0.9"]), (0.99, margins["0.99"])):
+        ids, used = stated.generate_wand(PROMPT, guarantee=guarantee, **new)
+        # WAND adds bounds up: those that give the same margins
+        again, same = stated.generate_wand(PROMPT, p99_bounds=[chosen[0] - chosen[1], chosen[1]], **new)
+        assert torch.equal(ids, again) and torch.equal(used, same)
+        assert torch.equal(stated.generate_wand(PROMPT, margins=chosen, max_new_tokens=12), ids)
+    for options, message in (
+        ({"guarantee": 0.999}, "calibrated for 0.9, 0.99"),
+        ({"guarantee": 0.99, "safety": 2.0}, "leave safety out"),
+        ({"guarantee": 0.99, "p99_bounds": [1.0, 1.0]}, "leave p99_bounds out"),
+        ({"guarantee": 0.99, "margins": [1.0, 1.0]}, "leave guarantee out"),
+        ({"margins": [1.0]}, "need 2 non-negative"),
+        ({"margins": [1.0, float("nan")]}, "need 2 non-negative"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            stated.generate_wand(PROMPT, **options)
+    with pytest.raises(ValueError, match="no poe_agreement_margins"):
+        model.generate_wand(PROMPT, guarantee=0.99)
+    for wrong in ({"1.5": [1.0, 1.0]}, {"high": [1.0, 1.0]}, {"0.9": [1.0]}, {"0.9": [1.0, -1.0]}):
+        with pytest.raises(ValueError, match="poe_agreement_margins"):
+            make_model(poe_agreement_margins=wrong)
 
 
 def test_models_without_trained_stages():
