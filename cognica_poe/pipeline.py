@@ -28,8 +28,10 @@ from cognica_poe.training.checkpoint import CheckpointFolder
 from cognica_poe.training.initial import read_origin
 from cognica_poe.training.journal import Journal, read_records
 from cognica_poe.training.lineage import require_parts
+from cognica_poe.training.parallel.ranks import Ranks
 from cognica_poe.training.precision import default_device
 from cognica_poe.training.preparation import prepare
+from cognica_poe.training.validation import NO_VALIDATION, Validation, slice_bytes
 
 if TYPE_CHECKING:
     from cognica_poe.release.publish.revisions import Publication
@@ -49,6 +51,34 @@ def open_rows(run: Path, recipe: Recipe, log: Log = lambda line: None) -> Rows:
         case_aug_prob=recipe.data.case_aug_prob,
         log=log,
     )
+
+
+def validation_of(run: Path, recipe: Recipe, ranks: Ranks | None = None, log: Log = lambda line: None) -> Validation:
+    """What is measured while a run trains; nothing where its recipe or a lack of held-out text says so.
+
+    Raises UserError where the recipe asks for validation and there is no text for it.
+    """
+    from cognica_poe.analysis.in_training import FixedSlice
+    from cognica_poe.analysis.validation import validation_slice
+    from cognica_poe.modeling.configuration_cognica_poe import CognicaPoEConfig
+
+    training = recipe.training
+    if training.eval_every == 0 or training.ranks.parallel == "stages":
+        return NO_VALIDATION
+    ranks = (ranks or Ranks()).patiently()
+    texts = (document.text for document in read_documents(Path(run) / "data", "val"))
+    try:
+        part = ranks.on_first(lambda: validation_slice(texts, slice_bytes(recipe)))
+    except UserError as error:
+        if training.eval_every:
+            raise
+        log(f"no validation in training: {error}")
+        return NO_VALIDATION
+    config = CognicaPoEConfig(**dataclasses.asdict(recipe.model))
+    found = Validation.of(recipe, FixedSlice(part, load_tokenizer(Path(run) / "tokenizer"), config))
+    if found.every:
+        log(f"validation in training: every {found.every} steps on {part.bytes:,} bytes")
+    return found if found.every else NO_VALIDATION
 
 
 def read_recipe(run: Path) -> Recipe:
@@ -269,7 +299,8 @@ def run_recipe(
     from cognica_poe.training.trainer import Trainer
 
     prepare(recipe, run, log, resume, init_from)
-    trainer = Trainer(recipe, run, open_rows(run, recipe, log), resume=resume, log=log, progress=progress)
+    rows, validation = open_rows(run, recipe, log), validation_of(run, recipe, log=log)
+    trainer = Trainer(recipe, run, rows, resume=resume, log=log, progress=progress, validation=validation)
 
     def release(step: int) -> None:
         _drop_unreleased(run, recipe, trainer.releases)

@@ -107,9 +107,12 @@ def train(
         settings = ranks.on_first(lambda: fit_micro_rows(settings, ranks.world, log))
         ranks.on_first(lambda: stack.enter_context(hold(out, log=log)))
         ranks.patiently().on_first(lambda: pipeline.prepare(settings, out, log, resume, init_from))
-        rows = pipeline.open_rows(out, settings, log if ranks.is_first else lambda line: None)
+        say = log if ranks.is_first else lambda line: None
+        rows, measured = pipeline.open_rows(out, settings, say), pipeline.validation_of(out, settings, ranks, say)
         with TrainingProgress(settings.training.steps) as progress:
-            trainer = Trainer(settings, out, rows, resume=resume, log=log, progress=progress, ranks=ranks)
+            trainer = Trainer(
+                settings, out, rows, resume=resume, log=log, progress=progress, ranks=ranks, validation=measured
+            )
             trainer.train()
         if not ranks.is_first:
             return

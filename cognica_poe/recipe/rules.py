@@ -148,6 +148,11 @@ def _objective_misfits(recipe: Recipe) -> Iterator[str]:
             "training.ranks.parallel stages needs a gradient flow of 0 or --training.objective.gradient-delay 1: where "
             "gradients cross at once, stages wait for each other"
         )
+    if recipe.training.ranks.parallel == "stages" and recipe.training.eval_every:
+        yield (
+            "training.eval-every needs training.ranks.parallel rows: where ranks hold stages none has the model; leave "
+            "it out, and measure the released steps"
+        )
     if recipe.training.ranks.parallel == "stages" and mode == "residual_logop":
         yield (
             "training.ranks.parallel stages cannot train residual_logop: a stage's loss needs the heads of all stages "

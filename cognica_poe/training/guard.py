@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import torch
 
+from cognica_poe.errors import UserError
 from cognica_poe.recipe.fields import GuardRecipe
 from cognica_poe.training.memory import copy_to_host
 
@@ -294,6 +295,14 @@ class SpikePolicy:
         """Forget, at completed step ``step``, what lies ahead: a resumed run meets it as a fresh one would."""
         self.left_out, self.rollbacks, self.failing = [], [], []
         self.ranges = [span for span in self.ranges if span[1] < step]
+
+
+def never_finite(first: int, way: str) -> UserError:
+    """What a run says that gives up; ``way``: what to do beyond lower rates."""
+    return UserError(
+        f"loss or gradient is not finite at step {first}, nor at any step since: none of them was applied; "
+        f"lower the learning rates (--training.optimizer.matrix-lr and the others) and {way}"
+    )
 
 
 def _plain(value: float) -> float | str:

@@ -25,7 +25,7 @@ from cognica_poe.seals import require_made_from
 from cognica_poe.training.backlog import Backlog, LaunchedStep, Progress
 from cognica_poe.training.build import rows_of_a_rank, works_by_stages
 from cognica_poe.training.checkpoint import Checkpoint, CheckpointFolder
-from cognica_poe.training.guard import Decision, SpikePolicy, StepGuard
+from cognica_poe.training.guard import Decision, SpikePolicy, StepGuard, never_finite
 from cognica_poe.training.initial import initial_weights
 from cognica_poe.training.journal import Journal
 from cognica_poe.training.lineage import parts_of
@@ -35,6 +35,7 @@ from cognica_poe.training.parallel.ranks import Ranks
 from cognica_poe.training.replica import Replica
 from cognica_poe.training.soundness import require_equal, require_finite
 from cognica_poe.training.stopping import StopRequests
+from cognica_poe.training.validation import NO_VALIDATION, Validation
 
 Log = Callable[[str], None]
 
@@ -49,6 +50,7 @@ class Trainer:
         log: receives lines about what happens, on the first rank.
         progress: receives ``(step, metrics)`` after every step, on the first rank.
         ranks: this process among those of the run; all of them share the run folder.
+        validation: what is measured while training, and when.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Trainer:
         log: Log = lambda line: None,
         progress: Progress = lambda step, metrics: None,
         ranks: Ranks | None = None,
+        validation: Validation = NO_VALIDATION,
     ):
         self.recipe, self.run, self.rows, self.ranks = recipe, Path(run), rows, ranks or Ranks()
         self.resume = resume or self.ranks.restarts > 0
@@ -69,13 +72,11 @@ class Trainer:
         self.checkpoints = CheckpointFolder(self.run / "checkpoints", self._on_damage, self.ranks)
         self.made_from = parts_of(recipe, rows.manifest, rows.tokenizer)
         """sha256 of recipe, data and tokenizer, for every checkpoint."""
-        self.requests = StopRequests(self.run, self.ranks)
+        self.requests, self.validation = StopRequests(self.run, self.ranks), validation
         self.step = 0
         self.saved: int | None = None
         """Step of the checkpoint that holds what this process holds, or held when it stood there."""
         self.started = False
-
-    # ---- beginning ------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Make model, objective and optimiser, and take up the newest checkpoint of a run that is resumed.
@@ -100,6 +101,7 @@ class Trainer:
         """Steps to release: those of the recipe without what roll-backs and steps left out have taken from it."""
         self.metrics = Journal(self.run / "metrics.jsonl", self.ranks.is_first, self.step, self.log)
         self.backlog = Backlog(self.recipe, self.policy, self.metrics, self.events, self.log, self.progress)
+        self.validation.begin(self.run, self.metrics, self.events, self.ranks, self.log)
         # CUDA trains on while the host reads and writes; where the host itself trains, nothing is won by it.
         self.background = self.ranks.in_background() if self.device.type == "cuda" else None
         """The ranks as they speak while saving beside the training; None to save in between."""
@@ -159,19 +161,22 @@ class Trainer:
     def _train(self, at_release: Callable[[int], None]) -> None:
         """All steps that are left, with the comparisons, checkpoints and releases that fall due between them."""
         compare_every = self.recipe.training.guard.compare_ranks_every
+        self.validation.measure_if_due(self.step, self.replica)
         if self.step in self.releases:
             self._save_and_release(at_release)
         while self._goes_on():
             stop = not self._train_step()
             rolled_back = self._read(self.steps_in_flight)
             # What is saved has been judged: nothing may be in flight then.
-            if rolled_back or ((self._is_due() or stop) and self._read(0)):
+            settles = stop or self._is_due() or self.validation.is_due(self.step)
+            if rolled_back or (settles and self._read(0)):
                 continue
             due = self._is_due() and not stop
             if due or stop or (compare_every and not self.step % compare_every):
                 require_equal(self.objective.shared(), self.step, self.ranks, self.events)
             if stop:
                 self._stop()
+            self.validation.measure_if_due(self.step, self.replica)
             if due:
                 self._save_and_release(at_release if self.step in self.releases else None)
 
@@ -251,8 +256,6 @@ class Trainer:
         self.requests.obeyed()
         raise TrainingStopped(self.step, self.requests.number or signal.SIGTERM)
 
-    # ---- what reading them leads to -------------------------------------------------------------------------------
-
     def _read(self, in_flight: int) -> bool:
         """Take in all but the last steps in flight. True when that led back to a checkpoint."""
         while (decision := self.backlog.read(in_flight)) is not None:
@@ -293,10 +296,7 @@ class Trainer:
             way = f"--resume: the run goes on from step {found.step}"
         elif self.ranks.on_first(self.checkpoints.steps):
             way = "start again in another --out: every checkpoint here may be to blame"
-        raise UserError(
-            f"loss or gradient is not finite at step {first}, nor at any step since: none of them was applied; "
-            f"lower the learning rates (--training.optimizer.matrix-lr and the others) and {way}"
-        )
+        raise never_finite(first, way)
 
     def _go_back(self, found: Checkpoint) -> None:
         """Stand where an earlier checkpoint stands; what was trained since is forgotten."""
@@ -304,6 +304,7 @@ class Trainer:
         self.optimizer.zero_grad()
         self._restore(found, rewind=True)
         self.metrics.drop_after(self.step)
+        self.validation.look()
         self.checkpoints.delete(step for step in self.checkpoints.steps() if step > self.step)
 
     def _update_releases(self) -> None:
@@ -315,8 +316,6 @@ class Trainer:
             self.log(f"step {step} is not released: {reason}")
             self.events.write({"event": "release left out", "step": step, "reason": reason})
         self.releases = releases
-
-    # ---- between steps --------------------------------------------------------------------------------------------
 
     def _save_and_release(self, at_release: Callable[[int], None] | None) -> None:
         self._save_once()
