@@ -35,7 +35,8 @@ def evaluate(
     measured = measure_paths(model, tokenizer, texts, log=log)
     sums, agrees = measured.sums, measured.positions.agrees
     prompts = choose_prompts(tokenizer, texts, count=PROMPTS, tokens=PROMPT_TOKENS)
-    options = {"new_tokens": NEW_TOKENS, "k_draft": DRAFT_LENGTH}
+    room = recipe.model.max_position_embeddings - PROMPT_TOKENS
+    options = {"new_tokens": min(NEW_TOKENS, room), "k_draft": DRAFT_LENGTH}
     drafted = [measure_acceptance(model, [prompt], **options) for prompt in prompts]
     log(f"drafted for {len(prompts)} prompts")
     steps = steps_of(job.tokens)

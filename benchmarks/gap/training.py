@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.gap.arms import Job, base_recipe, recipe_of
 from benchmarks.gap.evaluation import evaluate
 from cognica_poe import pipeline
-from cognica_poe.files import read_json, write_json
+from cognica_poe.files import read_json, write_bytes
 
 SHARED = ("data", "tokenizer", "rows")
 
@@ -69,9 +71,15 @@ def train(job: Job, work: Path, text: str) -> Path:
     first = trainer.step
     trainer.train()
     with without_compilation():
-        write_json(result, evaluate(job, recipe, trainer.model, run, log))
+        write_result(result, evaluate(job, recipe, trainer.model, run, log))
     log(f"{job.name} is done")
     return result
+
+
+def write_result(file: Path, result: Mapping[str, Any]) -> None:
+    """A result as JSON with a line per field, though a field may hold a number for each of many documents."""
+    fields = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in result.items()]
+    write_bytes(file, ("{\n" + ",\n".join(fields) + "\n}\n").encode())
 
 
 def train_all(jobs: Sequence[Job], work: Path, text: str, results: Path, workers: int) -> None:
@@ -93,7 +101,7 @@ def train_all(jobs: Sequence[Job], work: Path, text: str, results: Path, workers
                 if process.returncode:
                     log(f"{job.name} ended with {process.returncode}; see {work / 'logs' / job.name}.txt")
                 else:
-                    write_json(results / f"{job.name}.json", read_json(work / "runs" / job.name / "result.json"))
+                    write_result(results / f"{job.name}.json", read_json(work / "runs" / job.name / "result.json"))
 
 
 def _start(job: Job, work: Path, text: str) -> subprocess.Popen[bytes]:

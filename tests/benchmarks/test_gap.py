@@ -4,11 +4,16 @@ import numpy as np
 import pytest
 
 from benchmarks.gap.arms import ARMS, MODEL, Job, recipe_of
-from benchmarks.gap.report import Comparison, Draws, choose_rates, load_results
+from benchmarks.gap.evaluation import OPENING, evaluate
+from benchmarks.gap.report import Comparison, Draws, bpb, choose_rates, load_results
+from benchmarks.gap.training import write_result
+from cognica_poe import pipeline
+from cognica_poe.data.manifest import read_documents
 from cognica_poe.errors import UserError
 from cognica_poe.files import write_json
 from cognica_poe.recipe.rules import check_run
 from cognica_poe.training.build import build_model
+from tests.runs import small_recipe, write_texts
 
 DOCUMENTS, TOKENS = 60, 20_004_864
 
@@ -127,3 +132,24 @@ def test_results_are_read_from_their_folder(tmp_path):
         load_results(tmp_path)
     write_json(tmp_path / "T1-20M-s0.json", made_up("T1", 0, 1.0))
     assert [result["arm"] for result in load_results(tmp_path)] == ["T1"]
+
+
+@pytest.mark.parametrize("mode", ["flat", "none"])
+def test_a_model_is_measured_document_by_document(mode, tmp_path):
+    """And the result is read back as it was written."""
+    recipe = small_recipe(write_texts(tmp_path / "texts"), mode, micro_rows=2, compute_dtype="float32")
+    pipeline.prepare(recipe, tmp_path / "run", lambda line: None)
+    model = build_model(recipe.model, 0)
+    result = evaluate(Job("T1", 40_000, 0), recipe, model, tmp_path / "run", lambda line: None)
+    documents = list(read_documents(tmp_path / "run" / "data", "val"))
+    assert result["bytes"] == [len(document.text[:OPENING].encode()) for document in documents]
+    assert all(len(nats) == len(documents) for nats in result["nats"].values())
+    bits = bpb(result)
+    assert bits * sum(result["bytes"]) == pytest.approx(
+        sum(result["targets"]) * np.log2(recipe.model.vocab_size), rel=0.1
+    )
+    assert all(0 <= a <= p for a, p in zip(result["accepted"], result["proposed"], strict=True))
+    assert (sum(result["proposed"]) > 0) == (mode == "flat") == (result["agreement"] is not None)
+    assert result["peak_bytes"] > 4 * 32 * 2 * recipe.model.max_position_embeddings and result["operations"] > 0
+    write_result(tmp_path / "results" / "T1-s0.json", result)
+    assert load_results(tmp_path / "results") == [result]
