@@ -71,14 +71,21 @@ def one(
     print(train_job(Job(arm, tokens, seed, rate), work, text))
 
 
-def report(tokens: int = 20 * MILLION, results: Path = RESULTS, out: Path = RESULTS.parent / "results.json") -> None:
-    """Gate, gaps with their intervals, and the verdict of every arm; also as JSON.
+def report(
+    tokens: int = 20 * MILLION,
+    results: Path = RESULTS,
+    out: Path = RESULTS.parent / "results.json",
+    plots: Path | None = None,
+) -> None:
+    """Gate, gaps with their intervals, and the verdict of every arm; also as JSON, and drawn.
 
     Args:
         tokens: Budget that is reported.
         results: Where results are kept.
         out: The file to write.
+        plots: Folder to draw into, gap.svg and drafts.svg.
     """
+    from benchmarks.gap.plots import write_plots
     from benchmarks.gap.report import write_summary
     from cognica_poe.cli.output import print_table
 
@@ -104,6 +111,8 @@ def report(tokens: int = 20 * MILLION, results: Path = RESULTS, out: Path = RESU
         for row in found["arms"]
     ]
     columns = ["arm", "", "seeds", "BPB", "gap to C1", "stage 0", "acceptance", "agreement", "R", "verdict"]
+    if plots is not None:
+        write_plots(found, plots)
     print_table(f"arms at {found['tokens'] / MILLION:.1f}M tokens", columns, rows)
 
 

@@ -5,6 +5,7 @@ import pytest
 
 from benchmarks.gap.arms import ARMS, MODEL, Job, recipe_of
 from benchmarks.gap.evaluation import OPENING, evaluate
+from benchmarks.gap.plots import write_plots
 from benchmarks.gap.report import Comparison, Draws, bpb, choose_rates, load_results
 from benchmarks.gap.training import write_result
 from cognica_poe import pipeline
@@ -153,3 +154,16 @@ def test_a_model_is_measured_document_by_document(mode, tmp_path):
     assert result["peak_bytes"] > 4 * 32 * 2 * recipe.model.max_position_embeddings and result["operations"] > 0
     write_result(tmp_path / "results" / "T1-s0.json", result)
     assert load_results(tmp_path / "results") == [result]
+
+
+def test_arms_are_drawn_and_the_limits_with_them(tmp_path):
+    found = comparison(C0=1.0, C1=1.0, C2=1.1, T1=1.06, T3=1.004)
+    rows = [found.row(arm) for arm in ("C0", "C1", "C2", "T1", "T3")]
+    summary = {"tokens": TOKENS, "arms": rows}
+    files = write_plots(summary, tmp_path / "plots")
+    first = [file.read_text() for file in files]
+    assert [file.name for file in files] == ["gap.svg", "drafts.svg"]
+    assert "flat: local losses" in first[0] and "backprop, exits that teach nothing" not in first[0]
+    assert [file.read_text() for file in write_plots(summary, tmp_path / "plots")] == first
+    with pytest.raises(UserError, match="nothing to draw"):
+        write_plots({"tokens": TOKENS, "arms": [found.row("C1")]}, tmp_path)
