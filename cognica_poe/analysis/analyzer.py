@@ -23,7 +23,7 @@ from cognica_poe.analysis.record import AnalysisRecord
 from cognica_poe.analysis.routing import route, stage0_cost
 from cognica_poe.analysis.speculative import choose_prompts, measure_acceptance
 from cognica_poe.analysis.sums import Sums, count_positions
-from cognica_poe.analysis.validation import ValidationSlice, validation_slice
+from cognica_poe.analysis.validation import ValidationSlice, document_slice
 from cognica_poe.analysis.wand import CALIBRATION_TOKENS, cross_fit
 from cognica_poe.data.manifest import read_documents
 
@@ -70,9 +70,9 @@ def analyze(
         model: its training flag is restored.
         tokenizer: as in ``measure_paths``.
         step, tokens_seen, name: of the checkpoint, stored as given.
-        val_max_bytes: measure on a sample of this many bytes (see ``validation_slice``); ``None`` takes all.
+        val_max_bytes: measure on a sample of this many bytes (see ``document_slice``); ``None`` takes all.
         batch_rows: most windows per forward pass.
-        baseline: what ``xz_baseline`` returned for the texts of the same ``validation_slice``, or ``None``.
+        baseline: what ``xz_baseline`` returned for the texts of the same ``document_slice``, or ``None``.
         seed: of the bootstrap.
         safety: of WAND.
         prompts, new_tokens, k_draft: for speculative acceptance; stage 0 drafts.
@@ -86,14 +86,14 @@ def analyze(
         ValueError: non-finite losses (the model diverged), a tokenizer that loses bytes.
     """
     started = time.perf_counter()
-    part = validation_slice((document.text for document in read_documents(Path(data_dir), "val")), val_max_bytes)
+    part = document_slice(read_documents(Path(data_dir), "val"), val_max_bytes)
     log(f"step {step}: measuring on {len(part.texts)} {part.unit}s, {part.bytes:,} bytes")
     if baseline and baseline.get("val_bytes", part.bytes) != part.bytes:
         log(f"the baseline stands for {baseline['val_bytes']:,} bytes, the model's numbers for {part.bytes:,}")
     result = measure_paths(model, tokenizer, part.texts, batch_rows=batch_rows, positions=CALIBRATION_TOKENS, log=log)
     if not all(np.isfinite(nats).all() for nats in result.sums.nats.values()):
         raise ValueError(f"step {step} has non-finite losses: its weights diverged")
-    bootstrap = Bootstrap(len(part.texts), seed=seed)
+    bootstrap = Bootstrap(len(part.texts), units=part.units, seed=seed)
     wand = asdict(cross_fit(result.positions, safety=safety))
     chosen = choose_prompts(tokenizer, part.texts, count=prompts, tokens=32)
     with one_thread():
@@ -108,7 +108,7 @@ def analyze(
         **path_fields(result.sums, bootstrap),
         "wand_bounds": wand.pop("bounds"),
         "wand": wand,
-        "exit_rules": [asdict(rule) for rule in exit_rules(result.positions, result.positions.document)],
+        "exit_rules": [asdict(rule) for rule in exit_rules(result.positions, part.units[result.positions.document])],
         "speculative": {key: value for key, value in asdict(speculative).items() if key != "by_prompt"},
         "routing": asdict(route(result.positions, stage0_cost(config))) if result.sums.stages > 1 else None,
         "heads": _heads(model, tokenizer, part, head_documents, batch_rows, seed, log),
@@ -120,7 +120,8 @@ def analyze(
     }
     record = AnalysisRecord.model_validate(fields)
     drafts = np.array(speculative.by_prompt, dtype=np.int64).T if speculative.by_prompt else None
-    record._sums = Sums(result.sums, count_positions(result.positions), drafts)
+    units = part.units if part.owners else None
+    record._sums = Sums(result.sums, count_positions(result.positions), drafts, units)
     log(f"step {step}: {record.bpb.full:.4f} bits per byte ({record.path} path) in {record.seconds:.1f} s")
     return record
 
@@ -192,6 +193,7 @@ def _validation(part: ValidationSlice, result: Measurement) -> dict[str, Any]:
         "window": result.window,
         "stride": result.stride,
         "unit": part.unit,
+        "files": len(set(part.owners)) or None,
         "sampled": part.sampled,
     }
 

@@ -1,7 +1,8 @@
 """Paired bootstrap over documents: the uncertainty of every number of a record.
 
 A number such as bits per byte is a ratio of sums over documents. Documents, not tokens, are the independent draws of a
-validation slice (tokens of one document are correlated), so documents are resampled with replacement. One set of
+validation slice (tokens of one document are correlated), so documents are resampled with replacement; where several
+were cut from one file, the file is the draw. One set of
 resampling weights serves all numbers of a record and its predecessor, which makes every comparison paired: two
 checkpoints or two paths see the same resampled documents (Efron and Tibshirani 1993, chapters 8 and 13). Plain
 percentiles of few or unequal documents cover too little: they are expanded as far as the effective number of documents
@@ -43,36 +44,60 @@ class Bootstrap:
 
     Args:
         documents: number of documents, at least 2 (a single document carries no information about its own spread).
+        units: [documents] which documents belong together, by any number; they are drawn together, and there are at
+            least 2 of them. Each document by itself when ``None``.
         resamples: number of bootstrap replicates.
         confidence: coverage of the expanded percentile intervals.
         seed: of the NumPy generator; the same seed and counts give the same intervals.
 
     Raises:
-        ValueError: fewer than 2 documents or a confidence outside (0, 1).
+        ValueError: fewer than 2 documents or units, or a confidence outside (0, 1).
     """
 
-    def __init__(self, documents: int, *, resamples: int = 2000, confidence: float = 0.95, seed: int = 0) -> None:
-        if documents < 2:
-            raise ValueError(f"a bootstrap needs at least 2 documents, got {documents}")
+    def __init__(
+        self,
+        documents: int,
+        *,
+        units: NDArray[np.int64] | None = None,
+        resamples: int = 2000,
+        confidence: float = 0.95,
+        seed: int = 0,
+    ) -> None:
+        self.rank = np.arange(documents) if units is None else np.unique(units, return_inverse=True)[1]
+        self.drawn = int(self.rank.max()) + 1 if documents else 0
+        if self.drawn < 2 or len(self.rank) != documents:
+            raise ValueError(f"a bootstrap needs at least 2 documents, got {documents} in {self.drawn} units")
         if not 0.0 < confidence < 1.0 or resamples < 1:
             raise ValueError(f"confidence {confidence} must be in (0, 1) and resamples {resamples} positive")
         self.documents, self.resamples, self.confidence, self.seed = documents, resamples, confidence, seed
 
     def totals(self, sums: ArrayLike) -> NDArray[np.float64]:
-        """Totals of the resampled documents: ``sums`` [documents, M] -> fp64 [resamples, M]."""
+        """Totals of the resampled units: ``sums`` [documents, M] -> fp64 [resamples, M]."""
         sums = np.asarray(sums, dtype=np.float64)
         if sums.ndim != 2 or len(sums) != self.documents:
             raise ValueError(f"sums must be [{self.documents}, M], got {sums.shape}")
         generator = np.random.default_rng(self.seed)
-        chances = np.full(self.documents, 1.0 / self.documents)
-        block = max(1, _BLOCK_BYTES // (8 * self.documents))
+        sums = self._by_unit(sums)
+        chances = np.full(self.drawn, 1.0 / self.drawn)
+        block = max(1, _BLOCK_BYTES // (8 * self.drawn))
         out = np.empty((self.resamples, sums.shape[1]))
         for start in range(0, self.resamples, block):
             rows = min(block, self.resamples - start)
             # How often each document was drawn: the sufficient statistic of a resample for any sum.
-            counts = generator.multinomial(self.documents, chances, size=rows)
+            counts = generator.multinomial(self.drawn, chances, size=rows)
             out[start : start + rows] = counts @ sums
         return out
+
+    def effective(self, weights: ArrayLike) -> float:
+        """How many equal units weigh as much as the documents' ``weights`` [documents]."""
+        return effective_documents(self._by_unit(np.asarray(weights, dtype=np.float64)[:, None])[:, 0])
+
+    def _by_unit(self, sums: NDArray[np.float64]) -> NDArray[np.float64]:
+        if self.drawn == self.documents:
+            return sums
+        found = np.zeros((self.drawn, sums.shape[1]))
+        np.add.at(found, self.rank, sums)
+        return found
 
     def ratio(self, numerator: ArrayLike, denominator: ArrayLike, scale: float = 1.0) -> Interval:
         """Interval of ``scale * sum(numerator) / sum(denominator)``; both are per-document sums [documents]."""
@@ -119,7 +144,7 @@ class Bootstrap:
         return self._interval(value, samples, max(self._tail(columns[1]), self._tail(columns[3])))
 
     def _tail(self, denominator: ArrayLike) -> float:
-        return tail_of(round(effective_documents(denominator)), self.confidence)
+        return tail_of(round(self.effective(denominator)), self.confidence)
 
     def _interval(self, value: float, samples: NDArray[np.float64], tail: float) -> Interval:
         samples = samples[np.isfinite(samples)]  # a resample may hold only documents without any trial (0 / 0)

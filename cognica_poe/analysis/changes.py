@@ -109,7 +109,7 @@ def between(
 ) -> dict[str, Change]:
     """Paired differences of two runs, ``other`` minus ``one``: bits per byte and accuracy of the trained paths,
     acceptance where both drafted alike; empty unless both were measured on one slice."""
-    if one["validation"]["sha256"] != other["validation"]["sha256"]:
+    if one["validation"]["sha256"] != other["validation"]["sha256"] or not _same_units(of_one, of_other):
         return {}
     first, second = _figures(one, of_one, seed), _figures(other, of_other, seed)
     wanted = ["bpb.full", "accuracy.full"]
@@ -133,7 +133,14 @@ def _apart(before: Mapping[str, Any], record: Mapping[str, Any], sums: Mapping[i
         return "another slice"
     if len(before["bpb"]["stage"]) != len(record["bpb"]["stage"]):
         return "other stages"
+    if not _same_units(sums[before["step"]], sums[record["step"]]):
+        return "other units"
     return None
+
+
+def _same_units(one: Sums, other: Sums) -> bool:
+    units = [np.arange(len(some.documents.bytes)) if some.units is None else some.units for some in (one, other)]
+    return np.array_equal(*units)
 
 
 def _same_drafts(before: Mapping[str, Any], record: Mapping[str, Any]) -> bool:
@@ -143,10 +150,10 @@ def _same_drafts(before: Mapping[str, Any], record: Mapping[str, Any]) -> bool:
 
 def _figures(record: Mapping[str, Any], sums: Sums, seed: int) -> dict[str, _Figure]:
     documents = sums.documents
-    bootstrap = Bootstrap(len(documents.bytes), seed=seed)
+    bootstrap = Bootstrap(len(documents.bytes), units=sums.units, seed=seed)
     stages = [f"stage{k}" for k in range(documents.stages)] if documents.stages > 1 else []
     paths = ["full", *stages]
-    number = effective_documents(documents.bytes)
+    number = bootstrap.effective(documents.bytes)
     columns = [documents.bytes, documents.targets, documents.nats["full"], *(documents.correct[path] for path in paths)]
     totals = bootstrap.totals(np.stack(columns, axis=1))
     bits = 1.0 / math.log(2)

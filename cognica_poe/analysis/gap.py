@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cognica_poe.analysis.bootstrap import Bootstrap
-from cognica_poe.analysis.student import effective_documents, tail_of
+from cognica_poe.analysis.student import tail_of
 from cognica_poe.analysis.sums import Sums
 from cognica_poe.errors import UserError
 
@@ -99,9 +99,10 @@ def gap_to_control(pool: Side, control: Side, shallow: Side | None = None, *, se
     _require_comparable(*(record for record, _ in sides))
     documents = [sums.documents for _, sums in sides]
     columns = [documents[0].bytes, *(part.nats["full"] for part in documents)]
-    totals = Bootstrap(len(columns[0]), seed=seed).totals(np.stack(columns, axis=1))
+    bootstrap = Bootstrap(len(columns[0]), units=pool[1].units, seed=seed)
+    totals = bootstrap.totals(np.stack(columns, axis=1))
     whole = np.array([[float(column.sum()) for column in columns]])
-    tail = tail_of(round(effective_documents(columns[0])), 0.95)
+    tail = tail_of(round(bootstrap.effective(columns[0])), 0.95)
     size, tokens = control[0]["model"]["parameters"], control[0]["tokens_seen"]
 
     def measured(of: Callable[[NDArray[np.float64]], NDArray[np.float64]]) -> Measured:

@@ -200,6 +200,8 @@ class Validation(Part):
     stride: int | None = None
     unit: Literal["document", "piece"] = "document"
     """What the bootstrap resamples; pieces, where the slice has too few documents."""
+    files: Count | None = None
+    """How many files the documents were cut from, where several are of one: the bootstrap resamples files then."""
     sampled: bool = False
     """Whether the slice is a sample of the validation split (``val_max_bytes``), not all of it."""
 

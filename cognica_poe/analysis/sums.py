@@ -44,6 +44,8 @@ class Sums:
     documents: DocumentSums
     positions: PositionCounts | None = None
     drafts: NDArray[np.int64] | None = None
+    units: NDArray[np.int64] | None = None
+    """[documents] which documents are of one file, where some are: the bootstrap draws them together."""
 
 
 def count_positions(positions: Positions) -> PositionCounts | None:
@@ -75,6 +77,8 @@ def pack(sums: Sums) -> bytes:
         arrays |= {f"positions.{name}": array for name, array in vars(sums.positions).items()}
     if sums.drafts is not None:
         arrays["drafts"] = sums.drafts
+    if sums.units is not None:
+        arrays["units"] = sums.units
     buffer = io.BytesIO()
     np.savez_compressed(buffer, allow_pickle=False, **arrays)
     return buffer.getvalue()
@@ -86,11 +90,11 @@ def unpack(source: Path | bytes, where: str, remedy: str) -> Sums:
         with np.load(io.BytesIO(source) if isinstance(source, bytes) else source, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
         documents = DocumentSums(arrays.pop("bytes"), arrays.pop("targets"), {}, {})
-        drafts = arrays.pop("drafts", None)
+        drafts, units = (arrays.pop(name, None) for name in ("drafts", "units"))
         counts: dict[str, NDArray[Any]] = {}
         for name, array in arrays.items():
             kind, _, column = name.partition(".")
             {"nats": documents.nats, "correct": documents.correct, "positions": counts}[kind][column] = array
-        return Sums(documents, PositionCounts(**counts) if counts else None, drafts)
+        return Sums(documents, PositionCounts(**counts) if counts else None, drafts, units)
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"per-document sums {where} cannot be read; {remedy}") from error

@@ -111,3 +111,32 @@ def test_bad_input_is_refused():
         Bootstrap(3).ratio([1.0, 2.0], [1.0, 2.0])
     with pytest.raises(ValueError, match="zero in every"):
         Bootstrap(2).ratio([0.0, 0.0], [0.0, 0.0])
+
+
+def test_documents_of_one_file_are_drawn_together():
+    """Documents of a file resemble one another: intervals by files cover what they say, those by documents do not."""
+    generator, hits, trials = np.random.default_rng(0), {"files": 0, "documents": 0}, 600
+    for trial in range(trials):
+        pieces = generator.integers(1, 7, size=25)
+        files = np.repeat(np.arange(25), pieces)
+        count = np.maximum(50, generator.lognormal(6.0, 1.0, len(files)))
+        rate = generator.normal(1.0, 0.3, 25)[files] + generator.normal(0.0, 0.05, len(files))
+        for name, units in (("files", files), ("documents", None)):
+            bootstrap = Bootstrap(len(files), units=units, resamples=600, seed=trial)
+            interval = bootstrap.ratio(rate * count, count)
+            hits[name] += interval.low <= 1.0 <= interval.high
+    assert 0.93 <= hits["files"] / trials <= 0.97
+    assert hits["documents"] / trials < 0.9
+
+
+def test_units_are_their_sums(sums):
+    nats, count = sums
+    files = np.arange(40) // 3
+    by_file = [np.bincount(files, weights=column) for column in (nats, count)]
+    together = Bootstrap(40, units=files * 5 + 2, seed=3).ratio(nats, count)
+    whole = Bootstrap(14, seed=3).ratio(*by_file)
+    assert (together.low, together.high) == pytest.approx((whole.low, whole.high))
+    assert together.value == Bootstrap(40, seed=3).ratio(nats, count).value
+    assert Bootstrap(40, units=np.arange(40), seed=3).ratio(nats, count) == Bootstrap(40, seed=3).ratio(nats, count)
+    with pytest.raises(ValueError, match="1 units"):
+        Bootstrap(3, units=np.zeros(3, dtype=int))

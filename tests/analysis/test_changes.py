@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from cognica_poe.analysis.bits_per_byte import DocumentSums, Positions
-from cognica_poe.analysis.changes import _quantiles, _routed, changes, holm
+from cognica_poe.analysis.changes import _quantiles, _routed, between, changes, holm
 from cognica_poe.analysis.routing import route
 from cognica_poe.analysis.student import student
-from cognica_poe.analysis.sums import BINS, EDGES, Sums, count_positions
+from cognica_poe.analysis.sums import BINS, EDGES, Sums, count_positions, pack, unpack
 from cognica_poe.analysis.wand import bounds_of
 
 
@@ -111,3 +111,18 @@ def test_a_record_without_sums_is_said():
     del sums[1]
     found, number = changes(records, sums)
     assert found[1].reason == found[2].reason == "step 1 has no sums" and number == {}
+
+
+def test_records_of_other_units_are_not_paired():
+    records, sums = _series(np.random.default_rng(2), 3, 12, [0.0, 0.5, 0.5])
+    plain, _ = changes(records, sums)
+    files = np.arange(12) // 2
+    sums[1].units = sums[2].units = files
+    stored = {step: unpack(pack(some), "here", "again") for step, some in sums.items()}
+    assert stored[0].units is None and np.array_equal(stored[1].units, files)
+    found, _ = changes(records, stored)
+    assert found[1].reason == "other units" and found[2].reason is None
+    one, other = found[2].figures["bpb.full"], plain[2].figures["bpb.full"]
+    assert one.value == other.value and (one.low, one.high) != (other.low, other.high)
+    assert between(records[0], records[1], stored[0], stored[1]) == {}
+    assert between(records[1], records[2], stored[1], stored[2])

@@ -2,7 +2,8 @@ import hashlib
 
 import pytest
 
-from cognica_poe.analysis.validation import validation_slice
+from cognica_poe.analysis.validation import document_slice, validation_slice
+from cognica_poe.data.documents import Document
 from cognica_poe.errors import UserError
 
 
@@ -42,3 +43,29 @@ def test_no_validation_text_is_a_users_mistake():
         validation_slice([""])
     with pytest.raises(UserError, match="single short document"):
         validation_slice(["x"])
+
+
+def _document(text: str, origin: str) -> Document:
+    return Document(text, "source", "en", origin)
+
+
+def test_documents_that_were_cut_from_one_file_belong_together():
+    origins = [f"lib/{index // 2}.py" + ("#docstrings" if index % 2 else "") for index in range(20)]
+    documents = [_document(f"{index:02d}: text of a file", origin) for index, origin in enumerate(origins)]
+    part = document_slice(documents)
+    assert part == validation_slice([document.text for document in documents]) and part.unit == "document"
+    assert part.units.tolist() == [index // 2 for index in range(20)]
+    sampled = document_slice(documents, 200)  # in another order, fewer
+    by_text = {document.text: origin.partition("#")[0] for document, origin in zip(documents, origins, strict=True)}
+    files = [next(file for text, file in by_text.items() if text.startswith(some)) for some in sampled.texts]
+    numbers = list(dict.fromkeys(files))
+    assert sampled.sampled and 8 <= len(numbers) < len(files)
+    assert sampled.units.tolist() == [numbers.index(file) for file in files]
+
+
+def test_rows_and_few_files_are_units_of_their_own():
+    rows = [_document(f"row {index}", f"rows.jsonl#{index}") for index in range(12)]
+    assert document_slice(rows).owners == () and document_slice(rows).units.tolist() == list(range(12))
+    topics = [_document(f"topic {index}", f"topics.py#topic{index}") for index in range(12)]
+    assert document_slice(topics).owners == ()  # a single file: nothing to draw from
+    assert document_slice([*rows, *topics]).units.tolist() == [*range(12), *[12] * 12]
