@@ -49,6 +49,7 @@ def open_rows(run: Path, recipe: Recipe, log: Log = lambda line: None) -> Rows:
         seed=recipe.data.seed,
         row_len=recipe.model.max_position_embeddings + 1,
         case_aug_prob=recipe.data.case_aug_prob,
+        order=recipe.data.order,
         log=log,
     )
 

@@ -98,9 +98,15 @@ class DataManifest(_Record):
         """One digest of all shards in their order: the identity of the data."""
         return hashlib.sha256("".join(f"{s.split} {s.sha256}\n" for s in self.shards).encode()).hexdigest()
 
-    def split_sha256(self, split: str) -> str:
-        """Identity of one split."""
-        return hashlib.sha256("".join(s.sha256 for s in self.shards if s.split == split).encode()).hexdigest()
+    def shards_of(self, split: str) -> list[ShardRecord]:
+        """The shards of a split in their order."""
+        return [shard for shard in self.shards if shard.split == split]
+
+    def split_sha256(self, split: str, shard: int | None = None) -> str:
+        """Identity of one split, or of what one of its shards holds of it."""
+        shards = self.shards_of(split)
+        chosen = shards if shard is None else shards[shard : shard + 1]
+        return hashlib.sha256("".join(s.sha256 for s in chosen).encode()).hexdigest()
 
 
 def load_manifest(data_dir: Path) -> DataManifest:
@@ -134,8 +140,8 @@ def load_manifest(data_dir: Path) -> DataManifest:
     return manifest
 
 
-def read_documents(data_dir: Path, split: str) -> Iterator[Document]:
-    """Documents of ``train`` or ``val`` in the order of the shards.
+def read_documents(data_dir: Path, split: str, shard: int | None = None) -> Iterator[Document]:
+    """Documents of ``train`` or ``val`` in the order of the shards, or those of one shard, counted within the split.
 
     Each shard is compared with its sha256 once per process, all of them before the first document. Raises UserError for
     one that is missing or corrupt.
@@ -145,11 +151,12 @@ def read_documents(data_dir: Path, split: str) -> Iterator[Document]:
 
     if split not in SPLITS:
         raise UserError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
-    shards = [shard for shard in load_manifest(data_dir).shards if shard.split == split]
-    for shard in shards:
-        require_sha256(Path(data_dir) / shard.file, shard.sha256, "data shard", _REMEDY)
-    for shard in shards:
-        file = Path(data_dir) / shard.file
+    shards = load_manifest(data_dir).shards_of(split)
+    shards = shards if shard is None else shards[shard : shard + 1]
+    for record in shards:
+        require_sha256(Path(data_dir) / record.file, record.sha256, "data shard", _REMEDY)
+    for record in shards:
+        file = Path(data_dir) / record.file
         count = 0
         try:
             with pq.ParquetFile(file) as parquet:
@@ -160,8 +167,8 @@ def read_documents(data_dir: Path, split: str) -> Iterator[Document]:
                         yield Document(*row)
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"data shard {file} cannot be read ({_first_line(error)}); {_REMEDY}") from error
-        if count != shard.documents:
-            raise UserError(f"data shard {file} has {count} documents, the manifest says {shard.documents}; {_REMEDY}")
+        if count != record.documents:
+            raise UserError(f"data shard {file} has {count} documents, the manifest says {record.documents}; {_REMEDY}")
 
 
 def _first_line(error: BaseException) -> str:

@@ -148,6 +148,11 @@ class DataRecipe:
     tokenizer_bytes: int = setting(60_000_000, low=1)
     """Text the tokenizer is trained on, in bytes."""
     seed: int = 0
+    order: Literal["shards", "shuffled"] = setting("shards", later=True)
+    """shards: those of epoch 0 come as the data folder has them, of later epochs in a seeded order; shuffled: those of
+    epoch 0, too. Rows within a shard are shuffled in any case."""
+    shard_bytes: int = setting(256_000_000, low=1, high=10**9, later=True)
+    """UTF-8 text of a training shard, about; a shard is what is packed at a time."""
     cleaning: CleaningRecipe = dataclasses.field(default_factory=CleaningRecipe)
 
 

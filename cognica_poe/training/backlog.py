@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from cognica_poe.data.rows.reader import Reading
 from cognica_poe.recipe.fields import Recipe
 from cognica_poe.training.guard import Decision, LateObservation, SpikePolicy
 from cognica_poe.training.journal import Journal
@@ -28,6 +29,8 @@ class LaunchedStep:
     """Mean cross-entropy over all ranks of every stage, then of every exit, ``[K + E]``; complete once the observation
     has been read."""
     observation: LateObservation
+    reading: Reading
+    """Where its rows stand, and how long the step waited for them."""
 
 
 class Backlog:
@@ -86,6 +89,7 @@ class Backlog:
     def _record(self, launched: LaunchedStep, gradient_norm: float) -> None:
         now, losses = time.perf_counter(), launched.losses.tolist()
         values, of_exits = losses[: len(losses) - self.exits], losses[len(losses) - self.exits :]
+        seconds = now - max(launched.began, self._last_read)
         metrics = {
             "step": launched.step + 1,
             "loss": sum(values) / len(values),
@@ -94,7 +98,10 @@ class Backlog:
             "gradient_norm": gradient_norm,
             "lr_scale": self.schedule.lr_scale(launched.step),
             "tokens": self.step_tokens * (launched.step + 1),
-            "tokens_per_second": self.step_tokens / (now - max(launched.began, self._last_read)),
+            "tokens_per_second": self.step_tokens / seconds,
+            "epoch": launched.reading.epoch,
+            "shard": launched.reading.shard,
+            "rows_wait": launched.reading.seconds / seconds,
         }
         self._last_read = now
         self.metrics.write(metrics)

@@ -38,6 +38,7 @@ def require_data(run: Path, recipe: Recipe) -> DataManifest:
         "val-fraction": (wanted.val_fraction, manifest.val_fraction),
         "val-min-bytes": (wanted.val_min_bytes, manifest.val_min_bytes),
         "max-bytes": (wanted.max_bytes, manifest.max_bytes),
+        "shard-bytes": (wanted.shard_bytes, manifest.shard_bytes),
     }
     for name, (expected, found) in settings.items():
         if expected != found:

@@ -81,6 +81,7 @@ def _build_data(options: DataRecipe, run: Path, log: Log) -> None:
         val_min_bytes=options.val_min_bytes,
         seed=options.seed,
         max_bytes=options.max_bytes,
+        shard_bytes=options.shard_bytes,
         log=log,
     )
 

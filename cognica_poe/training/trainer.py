@@ -151,7 +151,8 @@ class Trainer:
             self.start()
         self.events.write({"event": "resume" if self.step else "start", "step": self.step, **self.replica.facts()})
         with self.requests.heed(self.checkpoints.steps):
-            with self.replica.at_work():
+            ahead = self.recipe.training.steps * self.recipe.training.batch_rows if self.ranks.leads_machine else 0
+            with self.replica.at_work(), self.rows.packed_ahead(ahead):
                 self._train(at_release)
             self.checkpoints.wait()
             if self.requests.asked():
@@ -214,7 +215,7 @@ class Trainer:
             self.optimizer.step(*rates)
         self.optimizer.zero_grad()
         on_host = copy_to_host(self.ranks.mean(losses))
-        self.backlog.add(LaunchedStep(self.step, began, on_host, self.guard.observation(self.step)))
+        self.backlog.add(LaunchedStep(self.step, began, on_host, self.guard.observation(self.step), self.rows.reading))
         self.step += 1
         return True
 
@@ -241,7 +242,7 @@ class Trainer:
         return losses / len(micro_batches)
 
     def _batch(self) -> np.ndarray | None:
-        """The rows of the step. Packing an epoch of them can take long: None when a signal interrupted it."""
+        """The rows of the step. Packing a shard of them can take long: None when a signal interrupted it."""
         try:
             with interruptible():
                 return self.rows.batch(self.step, self.recipe.training.batch_rows)

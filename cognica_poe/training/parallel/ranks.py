@@ -62,6 +62,11 @@ class Ranks:
         """The rank that logs, releases and decides."""
         return self.rank == 0
 
+    @property
+    def leads_machine(self) -> bool:
+        """Of the ranks of one machine the one that does what is done once there."""
+        return os.environ.get("LOCAL_RANK", str(self.rank)) == "0"
+
     def on_first(self, function: Callable[[], T]) -> T:
         """``function()`` of rank 0, on every rank; the others wait. A UserError of rank 0 is raised everywhere."""
         outcome: tuple[Any, str | None] = (None, None)

@@ -127,10 +127,10 @@ def test_case_is_drawn_for_training_documents_only(many, tokenizer, tmp_path):
 
 
 def test_case_shares_are_those_asked_for():
-    case = packing._draw_cases(200_000, 0.15, seed=1, epoch=2)
+    case = packing._draw_cases(200_000, 0.15, 1, 2, "case")
     assert (case == 1).mean() == pytest.approx(0.12, abs=0.003)
     assert (case == 2).mean() == pytest.approx(0.03, abs=0.002)
-    assert (packing._draw_cases(200_000, 0.15, seed=1, epoch=3) != case).mean() > 0.2
+    assert (packing._draw_cases(200_000, 0.15, 1, 3, "case") != case).mean() > 0.2
 
 
 def test_packing_is_a_function(many, tokenizer, tmp_path):

@@ -7,7 +7,7 @@ from cognica_poe.data.manifest import read_documents
 from cognica_poe.data.rows import packing
 from cognica_poe.data.rows.packing import apply_case
 from cognica_poe.data.rows.reader import CASES, Rows
-from cognica_poe.data.rows.store import row_file
+from cognica_poe.data.rows.store import RowFile, row_file
 from cognica_poe.errors import UserError
 from cognica_poe.leftovers import PREFIX
 
@@ -19,6 +19,12 @@ def make(data_dir, tokenizer, tmp_path):
         return Rows(data_dir, tokenizer.folder, tmp_path / folder, **settings)
 
     return rows
+
+
+def packed_rows(rows, epoch):
+    """All rows of an epoch as they were packed, shard after shard."""
+    found = [RowFile(rows.rows_dir, rows.facts(epoch, place)) for place in range(rows.shards)]
+    return np.stack([file[row] for file in found for row in range(len(file))])
 
 
 def test_batches_have_the_right_form(make, tokenizer):
@@ -41,7 +47,7 @@ def test_an_epoch_reads_every_row_once_and_the_next_differs(make):
     first, second = rows.rows_per_epoch(0), rows.rows_per_epoch(1)
     run = rows.batch(0, first + second)
     for epoch, part in ((0, run[:first]), (1, run[first:])):
-        packed = np.asarray(rows._epoch(epoch)[0])
+        packed = packed_rows(rows, epoch)
         assert sorted(map(bytes, part.astype(np.uint16))) == sorted(map(bytes, packed))
         assert not (part == packed).all()  # shuffled
     assert not (run[:10] == run[first : first + 10]).all()
@@ -52,7 +58,7 @@ def test_a_step_crosses_the_border_of_an_epoch(make):
     first = rows.rows_per_epoch(0)
     step = first // 4
     assert (rows.batch(step, 4) == rows.batch(0, first + 8)[4 * step : 4 * step + 4]).all()
-    assert rows.locate(first) == (1, 0) and rows.locate(first - 1) == (0, first - 1)
+    assert rows.locate(first) == (1, 0, 0) and rows.locate(first - 1) == (0, 0, first - 1)
     whole = 3 * first  # one step of several epochs
     assert {d.epoch for d in rows.documents(0, whole)} >= {0, 1, 2}
     assert rows.batch(0, whole).shape == (whole, 65)
@@ -73,7 +79,7 @@ def test_passed_epochs_need_no_rows_on_disk(make, tmp_path):
     expected = rows.batch(0, first + 4)[first:]
     row_file(tmp_path / "rows", "train", 0, ".bin").unlink()
     again = make()
-    assert again.locate(first) == (1, 0)
+    assert again.locate(first) == (1, 0, 0)
     assert (again._step_rows(first, 1)[0][0]) == 1
     assert not row_file(tmp_path / "rows", "train", 0, ".bin").exists()
     assert (again.batch(first // 4, 4)[-1:] == make("other").batch(first // 4, 4)[-1:]).all()
@@ -104,7 +110,7 @@ def test_documents_of_a_step_are_those_in_its_rows(make, data_dir, tokenizer):
 
 def test_validation_rows_come_in_the_order_of_the_documents(make, data_dir):
     rows = make(split="val")
-    assert (rows.batch(0, rows.rows_per_epoch(0)) == np.asarray(rows._epoch(0)[0])).all()
+    assert (rows.batch(0, rows.rows_per_epoch(0)) == packed_rows(rows, 0)).all()
     assert {d.case for d in rows.documents(0, 5)} == {"as is"}
 
 
