@@ -17,11 +17,12 @@ from cognica_poe.analysis.agreement import exit_rules
 from cognica_poe.analysis.bits_per_byte import DocumentSums, Measurement, measure_paths
 from cognica_poe.analysis.bootstrap import Bootstrap, Interval
 from cognica_poe.analysis.conditions import one_thread
+from cognica_poe.analysis.drafts import DRAFTS, NEW_TOKENS, measure_drafts
 from cognica_poe.analysis.heads import head_geometry, perturb_heads
-from cognica_poe.analysis.probes import TOKENS, run_probes
+from cognica_poe.analysis.probes import PROBES, TOKENS, run_probes
 from cognica_poe.analysis.record import AnalysisRecord
-from cognica_poe.analysis.routing import route, stage0_cost
-from cognica_poe.analysis.speculative import choose_prompts, measure_acceptance
+from cognica_poe.analysis.routing import route, routing_curve, stage0_cost
+from cognica_poe.analysis.speculative import SpeculativeResult, choose_prompts, measure_acceptance
 from cognica_poe.analysis.sums import Sums, count_positions
 from cognica_poe.analysis.validation import ValidationSlice, document_slice
 from cognica_poe.analysis.wand import CALIBRATION_TOKENS, cross_fit
@@ -60,6 +61,7 @@ def analyze(
     prompts: int = 16,
     new_tokens: int = 32,
     k_draft: int = 4,
+    drafts: int = DRAFTS,
     probe_tokens: int = TOKENS,
     head_documents: int = 0,
     log: Callable[[str], None] = lambda line: None,
@@ -76,6 +78,7 @@ def analyze(
         seed: of the bootstrap.
         safety: of WAND.
         prompts, new_tokens, k_draft: for speculative acceptance; stage 0 drafts.
+        drafts: of length 1 that acceptance by draft length is measured with; 0 leaves it out.
         probe_tokens: length of the probe continuations.
         head_documents: measure the perturbations of the stage heads on this many documents (0: not at all); each
             takes ``K + 4`` passes.
@@ -98,6 +101,7 @@ def analyze(
     chosen = choose_prompts(tokenizer, part.texts, count=prompts, tokens=32)
     with one_thread():
         speculative = measure_acceptance(model, chosen, new_tokens=new_tokens, k_draft=k_draft, seed=seed, log=log)
+        curve = _drafts(model, tokenizer, part, drafts, k_draft, seed, log)
         probes = run_probes(model, tokenizer, new_tokens=probe_tokens, log=log)
     config = model.config
     fields = {
@@ -109,8 +113,9 @@ def analyze(
         "wand_bounds": wand.pop("bounds"),
         "wand": wand,
         "exit_rules": [asdict(rule) for rule in exit_rules(result.positions, part.units[result.positions.document])],
-        "speculative": {key: value for key, value in asdict(speculative).items() if key != "by_prompt"},
-        "routing": asdict(route(result.positions, stage0_cost(config))) if result.sums.stages > 1 else None,
+        "speculative": _counted(speculative),
+        "drafts": curve,
+        "routing": _routing(result, part, stage0_cost(config), seed) if result.sums.stages > 1 else None,
         "heads": _heads(model, tokenizer, part, head_documents, batch_rows, seed, log),
         "baseline": dict(baseline) if baseline is not None else None,
         "validation": _validation(part, result),
@@ -196,6 +201,36 @@ def _validation(part: ValidationSlice, result: Measurement) -> dict[str, Any]:
         "files": len(set(part.owners)) or None,
         "sampled": part.sampled,
     }
+
+
+def _routing(result: Measurement, part: ValidationSlice, cost: float, seed: int) -> dict[str, Any]:
+    curve = routing_curve(result.positions, part.units[result.positions.document], seed=seed)
+    return {**asdict(route(result.positions, cost)), "curve": [asdict(point) for point in curve]}
+
+
+def _counted(found: SpeculativeResult) -> dict[str, Any]:
+    return {key: value for key, value in asdict(found).items() if key != "by_prompt"}
+
+
+def _drafts(
+    model: CognicaPoEForCausalLM,
+    tokenizer: Tokenizer,
+    part: ValidationSlice,
+    drafts: int,
+    k_draft: int,
+    seed: int,
+    log: Callable[[str], None],
+) -> dict[str, Any] | None:
+    """Acceptance by draft length, and behind the probe prompts."""
+    curve = (
+        measure_drafts(model, tokenizer, part.texts, part.units, drafts=drafts, seed=seed, log=log) if drafts else None
+    )
+    if curve is None:
+        return None
+    prompts = [[tokenizer.bos_id, *tokenizer.encode(probe.prompt)] for probe in PROBES]
+    length = min(NEW_TOKENS, model.config.max_position_embeddings - max(map(len, prompts)))
+    probes = measure_acceptance(model, prompts, new_tokens=length, k_draft=k_draft, seed=seed) if length > 0 else None
+    return {**asdict(curve), "probes": probes and _counted(probes)}
 
 
 def _heads(

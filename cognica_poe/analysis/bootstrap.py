@@ -111,7 +111,7 @@ class Bootstrap:
         with np.errstate(divide="ignore", invalid="ignore"):
             values = scale * numerators.sum(-1) / denominator.sum()
             samples = scale * totals[:, :-1] / totals[:, -1:]
-        tail = self._tail(denominator)
+        tail = self.tail(denominator)
         return [self._interval(value, column, tail) for value, column in zip(values, samples.T, strict=True)]
 
     def differences(
@@ -141,9 +141,10 @@ class Bootstrap:
         value = scale * (sums[0] / sums[1] - sums[2] / sums[3])
         with np.errstate(divide="ignore", invalid="ignore"):
             samples = scale * (totals[:, 0] / totals[:, 1] - totals[:, 2] / totals[:, 3])
-        return self._interval(value, samples, max(self._tail(columns[1]), self._tail(columns[3])))
+        return self._interval(value, samples, max(self.tail(columns[1]), self.tail(columns[3])))
 
-    def _tail(self, denominator: ArrayLike) -> float:
+    def tail(self, denominator: ArrayLike) -> float:
+        """Tail probability, at each end, of an expanded percentile interval of a ratio over ``denominator``."""
         return tail_of(round(self.effective(denominator)), self.confidence)
 
     def _interval(self, value: float, samples: NDArray[np.float64], tail: float) -> Interval:

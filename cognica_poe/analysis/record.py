@@ -22,6 +22,7 @@ from cognica_poe.analysis.record_parts import (
     Baseline,
     BitsPerByte,
     Count,
+    Drafts,
     ExitRule,
     Gaps,
     Heads,
@@ -65,6 +66,7 @@ class AnalysisRecord(Part):
     exit_rules: list[ExitRule] = Field(default_factory=list)
     """The direct bound, then one rule by stated agreement."""
     speculative: Speculative
+    drafts: Drafts | None = None
     routing: Routing | None = None
     heads: Heads | None = None
     speeds: list[Speed] = Field(default_factory=list)
@@ -105,6 +107,8 @@ class AnalysisRecord(Part):
         for gap, other in zip([*self.gaps.stage, *self.gaps.prefix], others, strict=True):
             _require(math.isclose(gap.value, self.bpb.full - other, abs_tol=1e-9), "gaps and bpb disagree")
             _require(gap.low <= gap.high, "a gap has low above high")
+        for length in self.drafts.lengths if self.drafts else ():
+            _require(length.accepted <= length.proposed, f"more drafts of {length.k_draft} accepted than proposed")
         _require(self.speculative.accepted <= self.speculative.proposed, "more drafts accepted than proposed")
         for some in (self.intervals, self.accuracy_intervals):
             for low, high in [some.full, *some.stage, *some.prefix, some.plain]:

@@ -125,6 +125,55 @@ class Speculative(Part):
     new_tokens: Count | None = None
 
 
+class DraftLength(Part):
+    """Greedy drafts of one length over all prompts."""
+
+    k_draft: Annotated[int, Field(ge=1)]
+    proposed: Count
+    accepted: Count
+    rounds: Count
+    acceptance: Share
+    low: Share | None
+    high: Share | None
+    tokens_per_round: Annotated[float, Field(ge=1.0)]
+    """New tokens for each pass of the full pool."""
+
+
+class Drafts(Part):
+    """Acceptance by draft length behind places anywhere in the held-out documents."""
+
+    prompts: Count
+    documents: Annotated[int, Field(ge=1)]
+    """What the interval resamples: documents, or the files that several of them are of."""
+    context: Annotated[int, Field(ge=1)]
+    """Tokens before each place, BOS among them."""
+    new_tokens: Annotated[int, Field(ge=1)]
+    """Greedy tokens behind each place."""
+    draft_stage: Count
+    lengths: Annotated[list[DraftLength], Field(min_length=1)]
+    probes: Speculative | None
+    """The model card's protocol: behind the probe prompts instead; null where the context is too short."""
+
+
+class RoutingPoint(Part):
+    """Largest share that stage 0 may answer, from the widest margin on, within ``cap``."""
+
+    cap: Share
+    counted: Literal["lost", "net"]
+    """Positions that the full pool has right and stage 0 wrong, or these less those that only stage 0 has right."""
+    of: Literal["routed", "all"]
+    """Per which positions they are counted."""
+    fraction: Share
+    low: Share | None
+    high: Share | None
+    threshold: float | None
+    """Smallest routed margin of stage 0 (nats); null if nothing is routed."""
+    tested_fraction: Share | None
+    """Routed by thresholds of other documents."""
+    tested_rate: float | None
+    """Regressions that these gave, counted as the cap is."""
+
+
 class Routing(Part):
     """Share of positions that stage 0 may answer alone, by its margin, at a capped rate of regressions."""
 
@@ -139,6 +188,7 @@ class Routing(Part):
     projected_speedup: Annotated[float, Field(ge=1.0)]
     """``1 / (1 - (1 - stage0_cost) * fraction)``: projected, not measured."""
     positions: Count
+    curve: list[RoutingPoint] = Field(default_factory=list)
 
 
 class Heads(Part):

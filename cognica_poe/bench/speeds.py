@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from cognica_poe.analysis.conditions import evaluation_mode
@@ -21,9 +23,15 @@ NEW_TOKENS = 60
 
 
 def margins_of(record: AnalysisRecord) -> dict[str, list[float]]:
-    """Margins of a record to leave early by, [K-1] each, by name: ``direct`` and the stated agreements."""
+    """Margins of a record to leave early by, [K-1] each, by name: ``direct``, the stated agreements, and ``routed`` for
+    the routing probe, whose positions leave after stage 0 or not at all."""
     rules = [rule for rule in record.exit_rules if rule.margins is not None]
-    return {"direct" if rule.stated is None else f"{rule.stated:g}": list(rule.margins or ()) for rule in rules}
+    found = {"direct" if rule.stated is None else f"{rule.stated:g}": list(rule.margins or ()) for rule in rules}
+    routing = record.routing
+    if routing is not None and routing.threshold is not None:
+        below = float(np.nextafter(np.float32(routing.threshold), np.float32(0.0)))  # a margin must be above
+        found[f"routed {routing.cap:g}"] = [below, *[math.inf] * (len(record.wand_bounds) - 1)]
+    return found
 
 
 def measure_speeds(

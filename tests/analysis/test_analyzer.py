@@ -13,6 +13,7 @@ from tests.analysis.helpers import ByteTokenizer, make_texts
 from tests.conftest import make_model
 
 OPTIONS = {"step": 10, "tokens_seen": 640, "name": "tiny", "prompts": 3, "new_tokens": 6, "probe_tokens": 4}
+OPTIONS |= {"drafts": 0}
 
 
 @pytest.fixture
@@ -31,9 +32,8 @@ def small_model(**changes):
 
 def test_record_of_a_pool(data_dir, tmp_path):
     model, lines = small_model(), []
-    record = analyze(
-        model, ByteTokenizer(), data_dir, baseline={"xz_bpb": 2.0, "xz_primed_bpb": 1.5}, log=lines.append, **OPTIONS
-    )
+    options = {**OPTIONS, "baseline": {"xz_bpb": 2.0, "xz_primed_bpb": 1.5}, "drafts": 40, "log": lines.append}
+    record = analyze(model, ByteTokenizer(), data_dir, **options)
     assert record.path == "pool" and len(record.bpb.stage) == 3 and len(record.wand_bounds) == 2
     assert record.bpb.prefix[-1] == record.bpb.full and record.bpb.prefix[0] == record.bpb.stage[0]
     assert record.bpb.full <= record.bpb.mean_stage  # CE of the pool = mean CE + log Z, log Z <= 0
@@ -45,6 +45,8 @@ def test_record_of_a_pool(data_dir, tmp_path):
     assert record.accuracy.prefix[0] == record.accuracy.stage[0] and record.accuracy.prefix[-1] == record.accuracy.full
     assert record.validation.unit == "document" and not record.validation.sampled
     assert record.speculative.prompts == 3 and record.speculative.proposed > 0
+    assert record.drafts.lengths[0].proposed >= 40 and record.drafts.probes.prompts == 7
+    assert [rule.stated for rule in record.exit_rules] == [None, 0.9, 0.99, 0.999]
     assert len(record.probes) == 7 and record.routing.positions == record.validation.tokens
     assert record.model.parameters == sum(p.numel() for p in model.parameters())
     assert record.baseline.xz_primed_bpb == 1.5
