@@ -107,8 +107,13 @@ def baseline(run: Path, recipe: Recipe, log: Log = lambda line: None) -> dict[st
     return figures
 
 
-def analyze_step(run: Path, recipe: Recipe, model: Any, step: int, log: Log, speed: bool = False) -> AnalysisRecord:
-    """Analyse ``model`` at ``step`` and write its record; with ``speed`` its modes are timed as well."""
+def analyze_step(
+    run: Path, recipe: Recipe, model: Any, step: int, log: Log, speed: bool = False, heads: bool = False
+) -> AnalysisRecord:
+    """Analyse ``model`` at ``step`` and write its record; with ``speed`` its modes are timed as well.
+
+    What each stage head is worth is measured with ``heads``, and at the run's last step.
+    """
     from cognica_poe.analysis.analyzer import analyze
 
     folder, parts = Path(run) / "analysis", require_parts(run, recipe)
@@ -123,6 +128,7 @@ def analyze_step(run: Path, recipe: Recipe, model: Any, step: int, log: Log, spe
         baseline=baseline(run, recipe, log),
         safety=recipe.release.wand_safety,
         k_draft=recipe.release.k_draft,
+        heads=heads or step == recipe.training.steps,
         log=log,
     )
     record.made_from = MadeFrom(**parts)

@@ -31,7 +31,7 @@ from cognica_poe.analysis.wand import bounds_of
 AGREEMENTS = (0.9, 0.99, 0.999)
 """Agreements that are calibrated for."""
 CONFIDENCE = 0.95
-_FACTORS = np.exp(np.arange(np.log(16.0), np.log(1e-4), -0.03))
+_FACTORS = np.exp(np.arange(np.log(16.0), np.log(1e-4), -0.05))
 _FOLDS = 5
 _FEWEST = 4  # units
 

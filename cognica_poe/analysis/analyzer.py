@@ -17,8 +17,9 @@ from cognica_poe.analysis.agreement import exit_rules
 from cognica_poe.analysis.bits_per_byte import DocumentSums, Measurement, measure_paths
 from cognica_poe.analysis.bootstrap import Bootstrap, Interval
 from cognica_poe.analysis.conditions import one_thread
-from cognica_poe.analysis.drafts import DRAFTS, NEW_TOKENS, measure_drafts
-from cognica_poe.analysis.heads import head_geometry, perturb_heads
+from cognica_poe.analysis.diversity import measure_diversity
+from cognica_poe.analysis.drafts import DRAFTS, drafts_behind, measure_drafts
+from cognica_poe.analysis.heads import head_geometry
 from cognica_poe.analysis.probes import PROBES, TOKENS, run_probes
 from cognica_poe.analysis.record import AnalysisRecord
 from cognica_poe.analysis.routing import route, routing_curve, stage0_cost
@@ -63,7 +64,7 @@ def analyze(
     k_draft: int = 4,
     drafts: int = DRAFTS,
     probe_tokens: int = TOKENS,
-    head_documents: int = 0,
+    heads: bool = False,
     log: Callable[[str], None] = lambda line: None,
 ) -> AnalysisRecord:
     """Measure ``model`` on the validation split of ``data_dir``.
@@ -80,8 +81,7 @@ def analyze(
         prompts, new_tokens, k_draft: for speculative acceptance; stage 0 drafts.
         drafts: of length 1 that acceptance by draft length is measured with; 0 leaves it out.
         probe_tokens: length of the probe continuations.
-        head_documents: measure the perturbations of the stage heads on this many documents (0: not at all); each
-            takes ``K + 4`` passes.
+        heads: also measure what each stage head is worth (``diversity``).
         log: receives progress lines.
 
     Raises:
@@ -116,7 +116,7 @@ def analyze(
         "speculative": _counted(speculative),
         "drafts": curve,
         "routing": _routing(result, part, stage0_cost(config), seed) if result.sums.stages > 1 else None,
-        "heads": _heads(model, tokenizer, part, head_documents, batch_rows, seed, log),
+        "heads": _heads(model, tokenizer, part, heads, batch_rows, seed, log),
         "baseline": dict(baseline) if baseline is not None else None,
         "validation": _validation(part, result),
         "probes": [asdict(probe) for probe in probes],
@@ -228,8 +228,7 @@ def _drafts(
     if curve is None:
         return None
     prompts = [[tokenizer.bos_id, *tokenizer.encode(probe.prompt)] for probe in PROBES]
-    length = min(NEW_TOKENS, model.config.max_position_embeddings - max(map(len, prompts)))
-    probes = measure_acceptance(model, prompts, new_tokens=length, k_draft=k_draft, seed=seed) if length > 0 else None
+    probes = drafts_behind(model, prompts, k_draft=k_draft, seed=seed)
     return {**asdict(curve), "probes": probes and _counted(probes)}
 
 
@@ -237,7 +236,7 @@ def _heads(
     model: CognicaPoEForCausalLM,
     tokenizer: Tokenizer,
     part: ValidationSlice,
-    documents: int,
+    perturbed: bool,
     batch_rows: int,
     seed: int,
     log: Callable[[str], None],
@@ -245,11 +244,9 @@ def _heads(
     geometry = head_geometry(model, tokenizer)
     if geometry is None:
         return None
-    changes = None
-    if documents:
-        texts = part.texts[: max(2, documents)]
-        changes = perturb_heads(model, tokenizer, texts, batch_rows=batch_rows, seed=seed, log=log)
-    return {**asdict(geometry), "perturbations": changes and [asdict(change) for change in changes]}
+    options: dict[str, Any] = {"batch_rows": batch_rows, "seed": seed, "log": log}
+    found = measure_diversity(model, tokenizer, part.texts, part.units, **options) if perturbed else None
+    return {**asdict(geometry), **(asdict(found) if found else {})}
 
 
 def _versions() -> dict[str, str]:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from cognica_poe.analysis.bootstrap import Bootstrap
 from cognica_poe.analysis.conditions import evaluation_mode
+from cognica_poe.analysis.speculative import SpeculativeResult
 
 if TYPE_CHECKING:
     from cognica_poe.data.tokenizer import Tokenizer
@@ -91,16 +92,49 @@ def measure_drafts(
     owner, prompts = choose_places(encoded, tokenizer.bos_id, -(-drafts // max(1, (new_tokens - 1) // 2)), context)
     if not len(owner):
         return None
-    device = next(model.parameters()).device
     parts = []
     with evaluation_mode(model):
         for start in range(0, len(prompts), batch_rows):
-            ids = torch.from_numpy(prompts[start : start + batch_rows]).to(device)
-            parts.append(_repeats(model, ids, new_tokens, draft_stage))
-            log(f"drafts: {start + len(ids):,} of {len(prompts):,} greedy texts")
+            some = prompts[start : start + batch_rows].tolist()
+            parts.append(_repeats(model, some, new_tokens, draft_stage))
+            log(f"drafts: {start + len(some):,} of {len(prompts):,} greedy texts")
     matches, groups = np.concatenate(parts), units[owner]
     lengths = [_of_length(matches, k, groups, seed) for k in LENGTHS]
     return DraftCurve(len(prompts), len(np.unique(groups)), context, new_tokens, draft_stage, lengths)
+
+
+def drafts_behind(
+    model: CognicaPoEForCausalLM,
+    prompts: Sequence[Sequence[int]],
+    *,
+    k_draft: int,
+    new_tokens: int = NEW_TOKENS,
+    draft_stage: int = 0,
+    seed: int = 0,
+) -> SpeculativeResult | None:
+    """Acceptance behind given prompts (ids with BOS, of any lengths), as ``speculative.measure_acceptance`` counts it,
+    but beyond the end of a text; ``None`` where the context has no room."""
+    new_tokens = min(new_tokens, model.config.max_position_embeddings - max(map(len, prompts)))
+    if new_tokens < 3:
+        return None
+    with evaluation_mode(model):
+        matches = _repeats(model, prompts, new_tokens, draft_stage)
+    counts = [count_rounds(row.tolist(), k_draft) for row in matches]
+    proposed, accepted, rounds = (np.array(column) for column in zip(*counts, strict=True))
+    interval = Bootstrap(len(counts), seed=seed).ratio(accepted, proposed)
+    return SpeculativeResult(
+        acceptance=int(accepted.sum()) / int(proposed.sum()),
+        low=max(0.0, interval.low),
+        high=min(1.0, interval.high),
+        proposed=int(proposed.sum()),
+        accepted=int(accepted.sum()),
+        rounds=int(rounds.sum()),
+        draft_stage=draft_stage,
+        k_draft=k_draft,
+        prompts=len(counts),
+        new_tokens=new_tokens,
+        by_prompt=[(row[0], row[1]) for row in counts],
+    )
 
 
 def choose_places(
@@ -108,11 +142,13 @@ def choose_places(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Document [P] and prompt [P, context] of at most ``count`` places, evenly spread over all that have the context.
 
-    A prompt is BOS and ``context - 1`` tokens, wherever they stand in the document.
+    A prompt is BOS and ``context - 1`` tokens, wherever they stand in the document. There are no more prompts than the
+    text has tokens for.
     """
     fitting = np.array([max(0, len(ids) - context + 2) for ids in encoded], dtype=np.int64)
     total = int(fitting.sum())
-    place = (np.arange(min(count, total)) + 0.5) * total / max(1, min(count, total))
+    count = min(count, -(-total // context))
+    place = (np.arange(count) + 0.5) * total / max(1, count)
     ends = fitting.cumsum()
     owner = np.searchsorted(ends, place.astype(np.int64), side="right")
     first = place.astype(np.int64) - (ends - fitting)[owner]
@@ -123,16 +159,24 @@ def choose_places(
 
 
 @torch.no_grad()
-def _repeats(model: CognicaPoEForCausalLM, ids: torch.Tensor, new_tokens: int, stage: int) -> NDArray[np.bool_]:
-    """Where [B, new_tokens] the stage's first token is that of the pool's greedy text behind ``ids`` [B, T]."""
-    out = model.generate_prefix(ids, max_new_tokens=new_tokens, eos_token_id=[])
-    assert isinstance(out, torch.Tensor)
+def _repeats(
+    model: CognicaPoEForCausalLM, prompts: Sequence[Sequence[int]], new_tokens: int, stage: int
+) -> NDArray[np.bool_]:
+    """Where [B, new_tokens] the stage's first token is that of the pool's greedy text behind each of the prompts."""
+    device, lengths = next(model.parameters()).device, [len(prompt) for prompt in prompts]
+    longest = max(lengths)
+    padded = [[prompt[0]] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (longest - length) + [1] * length for length in lengths]
+    ids, real = torch.tensor(padded, device=device), torch.tensor(mask, device=device)
+    out = model.generate_prefix(ids, attention_mask=real, max_new_tokens=new_tokens, eos_token_id=[])
+    text = out[:, longest:]
+    whole = [torch.cat((out[row, longest - length : -1], ids[row, :1].expand(longest - length)))
+             for row, length in enumerate(lengths)]  # fmt: skip  # padded on the right: nothing reads what follows it
+    places = torch.tensor(lengths, device=device)[:, None] - 1 + torch.arange(new_tokens, device=device)
     rows = max(1, _LOGITS_BYTES // (4 * model.config.vocab_size * out.shape[1]))
-    found = [
-        model.forward_stage(part[:, :-1], stage)[:, ids.shape[1] - 1 :].argmax(dim=-1) == part[:, ids.shape[1] :]
-        for part in out.split(rows)
-    ]
-    repeats: NDArray[np.bool_] = torch.cat(found).cpu().numpy()
+    parts = zip(torch.stack(whole).split(rows), places.split(rows), strict=True)
+    best = [model.forward_stage(part, stage).argmax(dim=-1).gather(1, place) for part, place in parts]
+    repeats: NDArray[np.bool_] = (torch.cat(best) == text).cpu().numpy()
     return repeats
 
 

@@ -1,59 +1,56 @@
-"""Geometry of the stage heads: how alike the K additive heads are, and what each one is worth.
+"""Geometry of the stage heads: how alike the K additive heads are, in three gauges.
 
 The card's probes of ``lm_head_stages[k].weight`` [V, D]: alignment of dominant singular vectors, unique share by
-Gram-Schmidt, tokens of the dominant direction, one stage head switched off, and all of them scaled by beta.
+Gram-Schmidt, tokens of the dominant direction. What each head is worth is measured by ``diversity``.
 
-A caution that belongs to every number here: ``lm_head + lm_head_stages[k]`` holds one matrix too many. Adding M to the
-shared head and subtracting it from every stage head changes no prediction, but does change alignment, unique shares and
-perturbations; they describe the optimiser's choice as much as the function.
+``lm_head + lm_head_stages[k]`` holds one matrix too many: adding M to the shared head and subtracting it from every
+stage head changes no prediction, but does change what the *stored* heads look like. Two other gauges do not depend on
+it: the *folded* heads ``lm_head + lm_head_stages[k]``, which predict, and the *centred* ones, the stage heads less
+their mean, which say how the stages differ. Centred heads sum to zero: the last always lies in the span of the others.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
-
-from cognica_poe.analysis.bits_per_byte import measure_paths
-from cognica_poe.analysis.bootstrap import Bootstrap, Interval
 
 if TYPE_CHECKING:
     from cognica_poe.data.tokenizer import Tokenizer
     from cognica_poe.modeling.modeling_cognica_poe import CognicaPoEForCausalLM
 
-BETAS = (0.0, 0.5, 2.0)
+
+Pair = tuple[Tensor, Tensor]
+"""Left [V] and right [D] singular vector."""
 
 
 @dataclass(frozen=True)
-class HeadGeometry:
-    """From the weights alone; ``None`` where a head is zero (as at initialisation) and the number has no meaning.
+class Geometry:
+    """K heads in one gauge; ``None`` where a head is zero (as at initialisation) and the number has no meaning.
 
     alignment, K rows of K: cosine of the dominant left singular vectors u_i, u_j, signed by that of the right ones, so
     that the free sign of a singular pair cancels. unique_share [K]: squared norm of head k outside the span of the
     heads before it (as vectors of V * D numbers), relative to its squared norm; the first is 1. norm [K]: Frobenius.
-    top_tokens [K]: the tokens with the largest entries of u_k, oriented so that its cubes sum to a positive number.
     """
 
     norm: list[float]
     alignment: list[list[float | None]]
     unique_share: list[float | None]
-    top_tokens: list[list[str]]
 
 
 @dataclass(frozen=True)
-class HeadPerturbation:
-    """Change of the full BPB when stage heads are scaled by ``beta``: all of them, or the one ``stage``."""
+class HeadGeometry(Geometry):
+    """Of the stored heads, and of the other gauges.
 
-    stage: int | None
-    beta: float
-    value: float
-    low: float
-    high: float
+    top_tokens [K]: the tokens with the largest entries of u_k, oriented so that its cubes sum to a positive number, as
+    ``readable`` bytes.
+    """
+
+    top_tokens: list[list[str]]
+    folded: Geometry
+    centred: Geometry
 
 
 @torch.no_grad()
@@ -62,23 +59,33 @@ def head_geometry(model: CognicaPoEForCausalLM, tokenizer: Tokenizer, *, tokens:
     config = model.config
     if config.num_stages < 2 or not config.per_stage_head or config.poe_mode == "none":
         return None
-    heads = [weight.detach().double() for weight in _stage_heads(model, range(config.num_stages))]
-    gram = torch.stack([torch.stack([(a * b).sum() for b in heads]) for a in heads]).cpu()
-    dominant = [_dominant_pair(head) for head in heads]
+    heads = [model.stage_weight(stage).detach().double() for stage in range(config.num_stages)]
+    shared = model.lm_head.weight.detach().double()
+    pairs = [_dominant_pair(head) for head in heads]
+    stored = geometry_of(heads, pairs)
+    mean = torch.stack(heads).mean(0)
     return HeadGeometry(
-        norm=[float(value) for value in gram.diagonal().sqrt()],
-        alignment=[[_alignment(a, b) for b in dominant] for a in dominant],
-        unique_share=_unique_shares(gram),
-        top_tokens=[[] if pair is None else _top_tokens(pair[0], tokenizer, tokens) for pair in dominant],
+        norm=stored.norm,
+        alignment=stored.alignment,
+        unique_share=stored.unique_share,
+        top_tokens=[[] if pair is None else _top_tokens(pair[0], tokenizer, tokens) for pair in pairs],
+        folded=geometry_of([shared + head for head in heads]),
+        centred=geometry_of([head - mean for head in heads]),
     )
 
 
-def _stage_heads(model: CognicaPoEForCausalLM, stages: Iterable[int]) -> list[Tensor]:
-    """Weights [V, D] of the additive heads of ``stages``."""
-    return [model.stage_weight(stage) for stage in stages]
+def geometry_of(heads: list[Tensor], pairs: list[Pair | None] | None = None) -> Geometry:
+    """Of heads [V, D] in fp64; ``pairs`` where their dominant singular vectors are known."""
+    gram = torch.stack([torch.stack([(a * b).sum() for b in heads]) for a in heads]).cpu()
+    dominant = [_dominant_pair(head) for head in heads] if pairs is None else pairs
+    return Geometry(
+        norm=[float(value) for value in gram.diagonal().sqrt()],
+        alignment=[[_alignment(a, b) for b in dominant] for a in dominant],
+        unique_share=_unique_shares(gram),
+    )
 
 
-def _dominant_pair(head: Tensor) -> tuple[Tensor, Tensor] | None:
+def _dominant_pair(head: Tensor) -> Pair | None:
     """Left [V] and right [D] singular vectors of the largest singular value; ``None`` for a zero head."""
     if not head.any():
         return None
@@ -87,7 +94,7 @@ def _dominant_pair(head: Tensor) -> tuple[Tensor, Tensor] | None:
     return left / left.norm(), right
 
 
-def _alignment(a: tuple[Tensor, Tensor] | None, b: tuple[Tensor, Tensor] | None) -> float | None:
+def _alignment(a: Pair | None, b: Pair | None) -> float | None:
     if a is None or b is None:
         return None
     sign = 1.0 if float(a[1] @ b[1]) >= 0 else -1.0
@@ -112,52 +119,10 @@ def _unique_shares(gram: Tensor) -> list[float | None]:
 def _top_tokens(left: Tensor, tokenizer: Tokenizer, count: int) -> list[str]:
     left = left if float((left**3).sum()) >= 0 else -left
     best = left[: tokenizer.vocab_size].topk(min(count, tokenizer.vocab_size)).indices
-    return [tokenizer.decode([int(index)]) for index in best]
+    return [readable(tokenizer.bytes_of(int(index))) for index in best]
 
 
-def perturb_heads(
-    model: CognicaPoEForCausalLM,
-    tokenizer: Tokenizer,
-    texts: Sequence[str],
-    *,
-    betas: Sequence[float] = BETAS,
-    batch_rows: int = 16,
-    seed: int = 0,
-    log: Callable[[str], None] = lambda line: None,
-) -> list[HeadPerturbation]:
-    """One stage head switched off at a time, then all scaled by each beta: paired change of the full BPB.
-
-    Takes ``1 + K + len(betas)`` passes over ``texts`` (two documents or more); the weights are restored bit for bit.
-    """
-    stages = model.config.num_stages
-
-    def nats() -> tuple[np.ndarray, np.ndarray]:
-        sums = measure_paths(model, tokenizer, texts, batch_rows=batch_rows, positions=0).sums
-        return sums.nats["full"], sums.bytes
-
-    before, size = nats()
-    bootstrap = Bootstrap(len(texts), seed=seed)
-    results = []
-    for stage, beta in [*((k, 0.0) for k in range(stages)), *((None, beta) for beta in betas)]:
-        with _scaled_heads(model, range(stages) if stage is None else [stage], beta):
-            after, _ = nats()
-        change: Interval = bootstrap.difference(after, size, before, size, 1.0 / np.log(2))
-        results.append(HeadPerturbation(stage, beta, change.value, change.low, change.high))
-        name = "all stage heads" if stage is None else f"stage head {stage}"
-        log(f"{name} times {beta:g}: {change.value:+.4f} bits per byte")
-    return results
-
-
-@contextlib.contextmanager
-def _scaled_heads(model: CognicaPoEForCausalLM, stages: Sequence[int], beta: float) -> Iterator[None]:
-    weights = [model.stage_factor(stage) for stage in stages]
-    kept = [weight.detach().clone() for weight in weights]
-    try:
-        with torch.no_grad():
-            for weight in weights:
-                weight.mul_(beta)
-        yield
-    finally:
-        with torch.no_grad():
-            for weight, value in zip(weights, kept, strict=True):
-                weight.copy_(value)
+def readable(data: bytes) -> str:
+    """Bytes as text where they are text that can be printed, else each as ``\\xNN``."""
+    text = data.decode("utf-8", errors="backslashreplace")
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)

@@ -191,27 +191,57 @@ class Routing(Part):
     curve: list[RoutingPoint] = Field(default_factory=list)
 
 
-class Heads(Part):
-    """Geometry of the stage heads, from the weights alone; null where a head is zero."""
+class HeadGauge(Part):
+    """Geometry of the stage heads in one gauge, from the weights alone; null where a head is zero."""
 
     norm: list[Annotated[float, Field(ge=0.0)]]
     alignment: list[list[Annotated[float, Field(ge=-1.0, le=1.0)] | None]]
     """Signed cosine of the dominant singular vectors of two stage heads."""
     unique_share: list[Share | None]
     """Squared norm of a head outside the span of the heads before it."""
+
+
+class Heads(HeadGauge):
+    """The stored stage heads, other gauges, and what switching heads off or scaling them does."""
+
     top_tokens: list[list[str]]
     """Tokens of the dominant singular vector."""
+    folded: HeadGauge | None = None
+    """Shared head plus stage head: what predicts."""
+    centred: HeadGauge | None = None
+    """Stage head less the mean of all: how the stages differ."""
+    tokens: Count | None = None
+    """Held-out tokens that the perturbations were measured on."""
+    units: Count | None = None
+    """What their intervals resample: documents, or the files that several of them are of."""
     perturbations: list[HeadPerturbation] | None = None
+    recall: list[Recall] | None = None
 
 
 class HeadPerturbation(Part):
-    """Change of the full BPB with one stage head, or all (null), scaled by beta; paired 95 % interval."""
+    """Full BPB with one stage head, or all (null), scaled by beta, and its change; paired 95 % interval."""
 
+    gauge: Literal["stored", "centred"] = "stored"
+    """What beta scales: the stage head as stored, or what it has beyond the mean of all."""
     stage: Count | None
     beta: float
+    bpb: Bits | None = None
     value: float
     low: float
     high: float
+
+
+class Recall(Part):
+    """How a fact is recalled with all stage heads scaled by beta."""
+
+    prompt: str
+    answer: str
+    gauge: Literal["stored", "centred"]
+    beta: float
+    probability: Share
+    """Of the whole answer."""
+    rank: Annotated[int, Field(ge=1)]
+    """Of its first token."""
 
 
 class Baseline(Part):

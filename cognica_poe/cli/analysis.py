@@ -13,12 +13,13 @@ from cognica_poe.errors import UserError
 from cognica_poe.recipe.fields import Range
 
 
-def analyze(run: RunFolder, step: Naturals = (), speed: Flag = False, json: Flag = False) -> None:
+def analyze(run: RunFolder, step: Naturals = (), speed: Flag = False, heads: Flag = False, json: Flag = False) -> None:
     """Measure checkpoints of a run; records land in RUN/analysis.
 
     Args:
         run: Run folder.
         step: Steps to measure; every checkpoint when omitted.
+        heads: Switch stage heads off and scale them at every step, not at the last of the run alone.
         speed: Time the modes as well, against plain decoding behind the probe prompts.
         json: Print the records as one JSON document.
     """
@@ -30,7 +31,7 @@ def analyze(run: RunFolder, step: Naturals = (), speed: Flag = False, json: Flag
     records = []
     for number in pipeline.checkpoint_steps(run, step):
         model = pipeline.checkpoint_model(run, recipe, number, log)
-        records.append(pipeline.analyze_step(run, recipe, model, number, log, speed))
+        records.append(pipeline.analyze_step(run, recipe, model, number, log, speed, heads))
     if json:
         return print_json([record.model_dump(mode="json") for record in records])
     print_records(records)

@@ -94,6 +94,10 @@ class Tokenizer:
         """int32 [V]: length in bytes of every token, 0 for special tokens (true bytes, valid UTF-8 or not)."""
         return np.array([len(token) for token in self._bytes], dtype=np.int32)
 
+    def bytes_of(self, index: int) -> bytes:
+        """What one token stands for; nothing for a special token."""
+        return self._bytes[index]
+
     def encode(self, text: str) -> list[int]:
         """Ids of ``text`` without BOS. A special token's name inside ``text`` is ordinary text."""
         return [index for encoder, part in self._parts(text) for index in encoder.encode_ordinary(part)]

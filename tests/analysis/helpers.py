@@ -12,6 +12,9 @@ class ByteTokenizer:
     bos_id = BOS
     token_bytes = np.array([1] * 94 + [2, 1, 0], dtype=np.int32)  # id 94 is é, id 96 the special token
 
+    def bytes_of(self, index: int) -> bytes:
+        return b"" if index == BOS else self.decode([index]).encode()
+
     def encode(self, text: str) -> list[int]:
         return [94 if letter == "é" else 95 if letter == "\n" else ord(letter) - 32 for letter in text]
 

@@ -56,14 +56,12 @@ def test_record_of_a_pool(data_dir, tmp_path):
 
 
 def test_heads_of_a_pool(data_dir):
-    record = analyze(small_model(), ByteTokenizer(), data_dir, head_documents=3, **OPTIONS)
+    record = analyze(small_model(), ByteTokenizer(), data_dir, heads=True, **OPTIONS)
     assert len(record.heads.alignment) == 3 and record.heads.unique_share[0] == 1.0
-    assert [(change.stage, change.beta) for change in record.heads.perturbations][:4] == [
-        (0, 0),
-        (1, 0),
-        (2, 0),
-        (None, 0),
-    ]
+    assert [(c.gauge, c.stage, c.beta) for c in record.heads.perturbations][:4] == [
+        ("stored", 0, 0), ("stored", 1, 0), ("stored", 2, 0), ("stored", None, 0)
+    ]  # fmt: skip
+    assert record.heads.folded.norm != record.heads.norm and record.heads.recall[0].answer == "Paris"
     assert analyze(small_model(per_stage_head=False), ByteTokenizer(), data_dir, **OPTIONS).heads is None
 
 
