@@ -25,7 +25,7 @@ from cognica_poe.errors import UserError
 from cognica_poe.leftovers import partial_file, partial_folder, put_in_place, sweep
 
 MANIFEST = "MANIFEST.sha256"
-KINDS = ("data", "tokenizer", "release", "checkpoint")
+KINDS = ("data", "tokenizer", "release", "checkpoint", "trajectory")
 """Folders that carry the mark."""
 _MARK = "# cognica-poe "  # `sha256sum -c` skips comments
 _LINE = re.compile(r"([0-9a-f]{64})  (.+)")

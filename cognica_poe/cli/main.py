@@ -19,7 +19,7 @@ from typing import Annotated, Any, Union
 import tyro
 
 from cognica_poe import __version__, interrupts
-from cognica_poe.cli import analysis, bench, data, inference, release, training
+from cognica_poe.cli import analysis, bench, data, imports, inference, release, training
 from cognica_poe.cli.arguments import RecipeName, named_types, require_options, with_ranges_in_help
 from cognica_poe.cli.mistakes import one_line, refusals
 from cognica_poe.cli.progress import log, quiet_transformers
@@ -56,6 +56,8 @@ TREE = Group(
         "add-exit": release.add_exit,
         "publish": release.publish,
         "report": release.report,
+        "import": imports.import_weights,
+        "trajectory": Group("Published trajectories.", {"import": imports.import_trajectory}),
         "generate": inference.generate,
         "serve": inference.serve,
         "data": Group(

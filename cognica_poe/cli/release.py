@@ -56,20 +56,25 @@ def report(runs: RunFolders, out: Path | None = None, since: Natural | None = No
     """Trajectory report of one or several runs, as one self-contained page.
 
     A pool beside a run of the same layers trained by backprop, and one of stage 0's layers alone, is compared with
-    them: the gap as compute, and what part of depth's gain the pool finds.
+    them: the gap as compute, and what part of depth's gain the pool finds. What `trajectory import` made is drawn
+    beside the runs, with the intervals that its sample sizes imply.
 
     Args:
-        runs: Run folders.
+        runs: Run folders, and folders of imported trajectories.
         out: Folder or .html file; the first run's report/ when omitted.
         since: Step that cumulative changes start from; the first measured one when omitted.
     """
     from cognica_poe import pipeline
+    from cognica_poe.release.published import is_published
     from cognica_poe.release.report.html import write_report
 
     if not runs:
         raise UserError("report: pass at least one run folder")
-    out = out or runs[0] / "report"
-    for run in runs:
+    own = [path for path in runs if not is_published(path)]
+    if out is None and not own:
+        raise UserError("report: pass --out for imported trajectories alone")
+    out = out or own[0] / "report"
+    for run in own:
         pipeline.read_recipe(run)
         pipeline.require_outside(run, out, takes=["report"])
     print(write_report(list(runs), out, since))

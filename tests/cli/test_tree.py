@@ -79,7 +79,7 @@ def test_arguments_have_names(texts, words):
             continue
         text = texts[(*words, "tiny")] + usage if words in ABOUT_RECIPES else texts[words]
         named = {"recipe": "RECIPE", "run": "RUN", "runs": "RUN", "prompt": "PROMPT", "checkpoint": "CHECKPOINT"}
-        named |= {"mix": "MIX", "data": "DATA"}
+        named |= {"mix": "MIX", "data": "DATA", "stage": "STAGE", "number": "N"}
         option = rf"--(no-)?{parameter.replace('_', '-')}\b"
         assert re.search(option, text) or named[parameter] in usage, parameter
 
@@ -116,7 +116,7 @@ def test_no_words_are_a_call_for_help_and_the_version_is_an_option(texts):
     ("words", "says"),
     [
         ("rnu", "unknown command 'rnu': did you mean 'run'? commands are run, train, plan"),
-        ("data", "data: name a command; commands are data mix, data build, data pack, data which-docs"),
+        ("data", "data: name a command; commands are data mix, data build, data pack, data task, data which-docs"),
         ("data packs", "unknown command 'data packs': did you mean 'data pack'?"),
         ("--verbose", "unknown option --verbose: a command comes first"),
         ("run", "run: name a recipe first, such as `cognica-poe run tiny`; recipes are tiny,"),

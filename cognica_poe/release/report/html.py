@@ -27,17 +27,19 @@ from cognica_poe.release.card.tables import (
     validation_text,
 )
 from cognica_poe.release.card.training import flat
+from cognica_poe.release.published import Published, is_published, read_published
 from cognica_poe.release.report import page
 from cognica_poe.release.report.comparison import comparison, labels, layout
 from cognica_poe.release.report.course import course_plots
 from cognica_poe.release.report.plots import dig, run_plots
 from cognica_poe.release.report.probes import probes_section
+from cognica_poe.release.report.published import beside, published_section
 from cognica_poe.release.report.run_folder import RunFolder, read_run
 from cognica_poe.release.text import MISSING, count, html_text, interval, number, percent
 
 
 def write_report(runs: Sequence[Path], out: Path, since: int | None = None) -> Path:
-    """Write the report of one or several runs and return the HTML file.
+    """Write the report of one or several runs, and of imported trajectories among them; returns the HTML file.
 
     ``out``: the file (``*.html``) or the folder that gets ``index.html``. ``since``: the step that cumulative changes
     start from, in every run. The same run folders give the same bytes. Raises UserError for a missing run folder, a run
@@ -45,34 +47,41 @@ def write_report(runs: Sequence[Path], out: Path, since: int | None = None) -> P
     """
     if not runs:
         raise UserError("no run to report on: pass at least one run folder")
-    loaded = [read_run(path, since) for path in runs]
+    published = [read_published(path) for path in runs if is_published(path)]
+    loaded = [read_run(path, since) for path in runs if not is_published(path)]
     out = Path(out)
     file = out if out.suffix == ".html" else out / "index.html"
     if os.path.lexists(file) and not (file.is_file() and page.MARK.encode() in file.read_bytes()[:1000]):
         raise UserError(
             f"{file} exists and is not a report made by cognica-poe: choose another --out, or remove it yourself"
         )
-    text = render_report(loaded)
+    text = render_report(loaded, published)
     sweep(file.parent)
     write_bytes(file, text.encode())
     return file
 
 
-def render_report(runs: Sequence[RunFolder]) -> str:
+def render_report(runs: Sequence[RunFolder], published: Sequence[Published] = ()) -> str:
     """The whole page, HTML. The same runs give the same bytes."""
     names = labels(runs)
-    title = " and ".join(names) if len(runs) < 4 else f"{names[0]} and {len(runs) - 1} more runs"
+    everyone = [*names, *(item.name for item in published)]
+    title = " and ".join(everyone) if len(everyone) < 4 else f"{everyone[0]} and {len(everyone) - 1} more"
     body = []
     if len(runs) > 1:
         body.append(page.section("Comparison", comparison(runs, names), "comparison"))
+    if published and (together := beside(runs, names, published)):
+        body.append(page.section("Beside published trajectories", together, "beside"))
     for index, (run, name) in enumerate(zip(runs, names, strict=True)):
-        heading = f"Run {name}: {_kind(run)}" if len(runs) > 1 else f"What was trained: {_kind(run)}"
+        heading = f"Run {name}: {_kind(run)}" if len(everyone) > 1 else f"What was trained: {_kind(run)}"
         body.append(page.section(heading, _run_section(run, f"r{index}-"), f"r{index}-run"))
+    for index, item in enumerate(published):
+        heading = f"Published: {item.name}, {len(item.rows)} checkpoints"
+        body.append(page.section(heading, published_section(item, f"p{index}-"), f"p{index}-published"))
     body.append(page.section("What the figures are", page.GLOSSARY, "glossary"))
     parts = "\n".join(body)
-    tiles = [_tiles(run, name if len(runs) > 1 else "") for run, name in zip(runs, names, strict=True)]
-    head = [page.header(title, _subtitle(runs)), '<div class="tiles">', *tiles, "</div>", page.contents(parts)]
-    return page.document(title, "\n".join([*head, parts]))
+    tiles = [_tiles(run, name if len(everyone) > 1 else "") for run, name in zip(runs, names, strict=True)]
+    head = [page.header(title, _subtitle(runs, published)), '<div class="tiles">', *tiles, "</div>"]
+    return page.document(title, "\n".join([*head, page.contents(parts), parts]))
 
 
 def _kind(run: RunFolder) -> str:
@@ -94,15 +103,19 @@ def _millions(size: float) -> str:
     return count(size)
 
 
-def _subtitle(runs: Sequence[RunFolder]) -> str:
+def _subtitle(runs: Sequence[RunFolder], published: Sequence[Published]) -> str:
     total = sum(len(run.records) for run in runs)
     checkpoints = f"{total} analysed checkpoint{'s' * (total != 1)}"
-    if len(runs) > 1:
-        return f"Trajectory report: {len(runs)} runs, {checkpoints}."
-    run = runs[0]
-    steps = dig(run.recipe, "training", "steps")
-    done = f", step {count(run.latest['step'])}{f' of {count(steps)}' if steps else ''}"
-    return f"Trajectory report: {_kind(run)}{done}, {checkpoints}."
+    if len(runs) == 1 and not published:
+        run = runs[0]
+        steps = dig(run.recipe, "training", "steps")
+        done = f", step {count(run.latest['step'])}{f' of {count(steps)}' if steps else ''}"
+        return f"Trajectory report: {_kind(run)}{done}, {checkpoints}."
+    parts = [f"{len(runs)} run{'s' * (len(runs) != 1)}, {checkpoints}"] if runs else []
+    if published:
+        rows = sum(len(item.rows) for item in published)
+        parts.append(f"{len(published)} published, {rows} checkpoints")
+    return f"Trajectory report: {'; '.join(parts)}."
 
 
 def _tiles(run: RunFolder, name: str) -> str:
