@@ -79,7 +79,7 @@ def test_arguments_have_names(texts, words):
             continue
         text = texts[(*words, "tiny")] + usage if words in ABOUT_RECIPES else texts[words]
         named = {"recipe": "RECIPE", "run": "RUN", "runs": "RUN", "prompt": "PROMPT", "checkpoint": "CHECKPOINT"}
-        named |= {"mix": "MIX", "data": "DATA", "stage": "STAGE", "number": "N"}
+        named |= {"mix": "MIX", "data": "DATA", "stage": "STAGE", "number": "N", "table": "CSV"}
         option = rf"--(no-)?{parameter.replace('_', '-')}\b"
         assert re.search(option, text) or named[parameter] in usage, parameter
 
