@@ -24,6 +24,8 @@ ReleaseFolder: TypeAlias = Positional[Annotated[Path, tyro.conf.arg(metavar="CHE
 Checkpoint: TypeAlias = Positional[Annotated[str, tyro.conf.arg(metavar="CHECKPOINT")]]
 Prompt: TypeAlias = Positional[Annotated[str, tyro.conf.arg(metavar="PROMPT")]]
 MixName: TypeAlias = Positional[Annotated[str, tyro.conf.arg(metavar="MIX")]]
+StageName: TypeAlias = Positional[Annotated[str, tyro.conf.arg(metavar="STAGE")]]
+TaskNumber: TypeAlias = Positional[Annotated[int, tyro.conf.arg(metavar="N"), Range(0)]]
 RecipeName: TypeAlias = Positional[Annotated[str, tyro.conf.arg(metavar="RECIPE")]]
 RecipeFields: TypeAlias = Annotated[Recipe, tyro.conf.arg(name="")]
 """Every field of the recipe as an option of its own."""

@@ -66,6 +66,7 @@ TREE = Group(
                 "mix": data.write_mix,
                 "build": data.build_data,
                 "pack": data.pack_rows,
+                "task": data.run_task,
                 "which-docs": data.which_docs,
             },
         ),

@@ -14,8 +14,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from cognica_poe.data.engine.engines import HERE, Engine
 from cognica_poe.data.engine.job import PLAN, Job, Values, write_plan
-from cognica_poe.data.engine.local import SMALL, run_locally
+from cognica_poe.data.engine.local import SMALL
 from cognica_poe.data.engine.plan import SHARD_BYTES, Options, plan_build
 from cognica_poe.data.engine.stages import open_job
 from cognica_poe.data.manifest import SPLITS, DataManifest, ShardRecord, SourceRecord, StageRecord, Totals
@@ -38,7 +39,7 @@ def build(
     seed: int = 0,
     max_bytes: int | None = None,
     shard_bytes: int = SHARD_BYTES,
-    workers: int = 1,
+    engine: Engine = HERE,
     log: Log = lambda line: None,
 ) -> DataManifest:
     """Build ``out`` from a mix name, a mix file (.json) or local files, and return its manifest.
@@ -47,8 +48,8 @@ def build(
     say so keep their split (``explicit_split`` of ``data.sources.local``); test splits are left out. ``max_bytes``
     takes a sample of each source by hash; it is the size to read for Hub mixes and bounds the training part where file
     names split; a text that would go beyond by more than a tenth is left out. Exact duplicates, and training texts that
-    repeat a validation document, are dropped and counted. ``workers`` processes share the work; the bytes are the same
-    for any number.
+    repeat a validation document, are dropped and counted. ``engine`` says who does the work; the bytes are the same
+    from any.
     Raises UserError for unusable input (see ``data.sources``), too little text, or an ``out`` that holds anything but
     data of ours, or lies in what is read. What was done by then is kept beside ``out`` for the next call.
     """
@@ -61,7 +62,7 @@ def build(
         job = begin(folder, plan)
         size = sum(part.get("size", 0) for parts in plan["parts"] for part in parts)
         try:
-            run_locally(job, workers if size >= SMALL else 1, log)
+            engine.run(job, log, small=size < SMALL)
             manifest = finish(job, out)
         except BaseException as error:
             refused = isinstance(error, UserError) and size < SMALL and job.file("duplicates", 0, ".json").is_file()
@@ -72,6 +73,17 @@ def build(
         total = manifest.splits[split]
         log(f"data: {split}: {total.documents:,} documents, {total.bytes / 1e6:.2f} MB")
     return manifest
+
+
+def plan_only(mix_or_path: str | Path, out: Path, *, log: Log = lambda line: None, **options: Any) -> Job:
+    """Plan what ``build`` would do with the same ``options``, for tasks that something else starts.
+
+    Raises UserError as ``build`` does before it reads anything.
+    """
+    require_replaceable(Path(out), "data")
+    plan = plan_build(str(mix_or_path), Path(out), Options(**options), log)
+    with hold(stages_folder(out)):
+        return begin(stages_folder(out), plan)
 
 
 def stages_folder(out: Path) -> Path:

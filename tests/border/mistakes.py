@@ -38,6 +38,7 @@ RIGHT = {
     "data mix": "data mix frontier_v1 --out {new}.json",
     "data build": "data build {texts} --out {new} --val-min-bytes 20000",
     "data pack": "data pack {run}/data --tokenizer {run}/tokenizer --out {new} --row-len 65",
+    "data task": "data task pack 0 --out {planned}",
     "data which-docs": "data which-docs {run} --step 0",
     "tokenizer train": "tokenizer train {run}/data --out {new} --vocab-size 400",
     "bench train": "bench train --shapes 4x64 --modes none --dtypes float32 --compile off --rounds 1 --steps 1 "

@@ -42,6 +42,12 @@ def make_world(forks: Forks) -> Iterator[dict[str, str]]:
         world["release"] = str(base / "run" / "release" / "step-4")
         done = forks.run(Line(["run", world["recipe"], "--out", world["run"]], world["cwd"], places(world), 300))
         assert done.code == 0, done.err
+        world["planned"] = str(base / "planned")
+        pack = (
+            f"data pack {world['run']}/data --tokenizer {world['run']}/tokenizer --out {world['planned']} --row-len 65"
+        )
+        done = forks.run(Line([*pack.split(), "--plan"], world["cwd"], places(world), 60))
+        assert done.code == 0, done.err
         (base / "locked").chmod(0o700)
         yield world
     finally:

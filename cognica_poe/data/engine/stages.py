@@ -9,6 +9,7 @@ from cognica_poe.data.engine.decide import Decide
 from cognica_poe.data.engine.duplicates import Duplicates
 from cognica_poe.data.engine.gather import Gather
 from cognica_poe.data.engine.job import Job, Log, Made, Stage, read_plan
+from cognica_poe.data.engine.pack import Pack
 from cognica_poe.data.engine.read import Read
 from cognica_poe.data.engine.route import Held, Route, Slices
 from cognica_poe.errors import UserError
@@ -18,7 +19,11 @@ def _build() -> tuple[Stage, ...]:
     return Read(), Duplicates(), Decide(), Held(), Route(), Slices(), Gather()
 
 
-JOBS = {"build": _build}
+def _pack() -> tuple[Stage, ...]:
+    return (Pack(),)
+
+
+JOBS = {"build": _build, "pack": _pack}
 """Stages of each kind of job, in their order."""
 
 

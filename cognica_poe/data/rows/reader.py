@@ -61,6 +61,20 @@ class Reading:
     """That the step waited for its rows."""
 
 
+@dataclass(frozen=True)
+class Stretch:
+    """A shard where a run reads it."""
+
+    at: int
+    """Shards that the run read before."""
+    epoch: int
+    shard: int
+    begins: int
+    """First row of the run that is one of its rows."""
+    order: np.ndarray
+    """int64 [rows]: its packed rows in the order in which they are read."""
+
+
 class Rows:
     """Packed rows of one split, shard after shard and epoch after epoch without end.
 
@@ -190,6 +204,17 @@ class Rows:
                 piece = int(index.start[fragment]), int(index.length[fragment])
                 found.append(RowDocument(i, epoch, shard, *origins[number], *piece, CASES[index.case[number]]))
         return found
+
+    def stretches(self, first: int, last: int) -> Iterator[Stretch]:
+        """The shards that hold the rows of the run from ``first`` to before ``last``."""
+        while first < last:
+            at, place = self._find(first)
+            yield Stretch(at, *self._named(at), first - place, self._order(at))
+            first = self._ends[at]
+
+    def index_of(self, stretch: Stretch) -> RowIndex:
+        """Which documents its rows hold."""
+        return self._index(stretch.at)
 
     def _index(self, at: int) -> RowIndex:
         """Which documents the rows of a shard hold; rows whose index is gone are packed again."""

@@ -12,6 +12,7 @@ import pytest
 from cognica_poe.data import build as building
 from cognica_poe.data.build import build, stages_folder
 from cognica_poe.data.engine import local, plan
+from cognica_poe.data.engine.engines import Engine
 from cognica_poe.data.engine.job import Job
 from cognica_poe.data.engine.read import Read
 from cognica_poe.data.engine.stages import open_job, run_task
@@ -95,7 +96,7 @@ def test_parts_of_a_file_are_the_whole(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("workers", [2, 4])
 def test_any_number_of_workers_gives_the_same_bytes(source, whole, tmp_path, workers):
-    build(source, tmp_path / "data", workers=workers, **OPTIONS)
+    build(source, tmp_path / "data", engine=Engine("local", workers), **OPTIONS)
     assert content(tmp_path / "data") == whole
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
 
