@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from cognica_poe.release.card.readings import Record
-from cognica_poe.release.text import MISSING, count, markdown_table
+from cognica_poe.release.text import MISSING, count, markdown_table, markdown_text
 from cognica_poe.release.trajectory import Row, Trajectory
 
 Cells = Callable[[Row, Record], list[str]]
@@ -24,11 +24,14 @@ class Section:
     """How its changes were labelled; empty where it has none."""
     first_is_words: bool = False
     """The first column holds words, no steps: it begins at the left."""
+    foreign: bool = False
+    """Cells hold text that is not our own: it is escaped where it is shown."""
 
     def markdown(self) -> str:
         """The section of a card."""
         align = ("l" if self.first_is_words else "r") + "r" * (len(self.header) - 1)
-        table = markdown_table(self.header, self.rows, align)
+        rows = [[markdown_text(cell) for cell in row] for row in self.rows] if self.foreign else self.rows
+        table = markdown_table(self.header, rows, align)
         return "\n\n".join(part for part in (f"## {self.title}", self.text, table, self.note) if part)
 
 

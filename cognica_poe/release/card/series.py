@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from cognica_poe.release.card.diversity import diversity
 from cognica_poe.release.card.findings import cumulative, milestone_table
 from cognica_poe.release.card.readings import Record, comparisons, routing_reading, speed_figures
 from cognica_poe.release.card.section import Section, over_steps
 from cognica_poe.release.card.tables import stage_count
+from cognica_poe.release.card.uses import uses
 from cognica_poe.release.text import MISSING, count, interval, number, percent
 from cognica_poe.release.trajectory import Row, Trajectory
 
 
 def sections(trajectory: Trajectory, release: Mapping[str, Any]) -> list[Section]:
-    """Every table over steps that the records have figures for."""
+    """Every table over steps that the records have figures for, and those of the last record's cheaper uses."""
     found = [
         trajectory_table(trajectory, release),
         cumulative(trajectory),
@@ -25,6 +27,8 @@ def sections(trajectory: Trajectory, release: Mapping[str, Any]) -> list[Section
         speculation(trajectory),
         routing(trajectory),
         speeds(trajectory),
+        *uses(trajectory.records[-1]),
+        *diversity(trajectory),
     ]
     return [section for section in found if section is not None]
 
