@@ -67,6 +67,18 @@ def _take(file: Path, log: Callable[[str], None]) -> int | None:
         os.close(descriptor)  # the last holder removed it before it could be locked
 
 
+def is_held(folder: Path) -> bool:
+    """Whether a living process keeps ``folder``; False where that cannot be known."""
+    try:
+        descriptor = os.open(Path(folder) / LOCK, os.O_RDWR | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        return try_lock(descriptor) is False
+    finally:
+        os.close(descriptor)
+
+
 def hold_run_of(out: Path) -> contextlib.AbstractContextManager[None]:
     """``hold`` for the run folder that ``out``, its data, tokenizer or rows, lies in; nothing to hold elsewhere."""
     run = Path(os.path.abspath(out)).parent

@@ -6,9 +6,11 @@ goes on where it stopped.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -300,8 +302,12 @@ def run_recipe(
     log: Log,
     progress: Callable[[int, dict], None],
     init_from: Path | None = None,
+    beside: contextlib.AbstractContextManager[None] | None = None,
 ) -> list[int]:
-    """Train ``recipe`` in ``run`` and release every step of its schedule; returns the released steps."""
+    """Train ``recipe`` in ``run`` and release every step of its schedule; returns the released steps.
+
+    ``beside``: what releases them while training goes on (``following.followed``), instead of pauses for it.
+    """
     from cognica_poe.release.report.html import write_report
     from cognica_poe.training.trainer import Trainer
 
@@ -310,11 +316,16 @@ def run_recipe(
     trainer = Trainer(recipe, run, rows, resume=resume, log=log, progress=progress, validation=validation)
 
     def release(step: int) -> None:
+        if beside is not None:
+            return
+        began = time.perf_counter()
         _drop_unreleased(run, recipe, trainer.releases)
         analyze_step(run, recipe, trainer.model, step, log)
         export_step(run, recipe, trainer.model, step, log)
+        log(f"step {step}: training paused {time.perf_counter() - began:.1f} s for its release")
 
-    trainer.train(release)
+    with beside or contextlib.nullcontext():
+        trainer.train(release)
     steps = trainer.releases
     _drop_unreleased(run, recipe, steps)
     for step in steps:

@@ -18,18 +18,24 @@ def analyze(run: RunFolder, step: Naturals = (), speed: Flag = False, heads: Fla
 
     Args:
         run: Run folder.
-        step: Steps to measure; every checkpoint when omitted.
+        step: Steps to measure; every checkpoint without a sound record when omitted.
         heads: Switch stage heads off and scale them at every step, not at the last of the run alone.
         speed: Time the modes as well, against plain decoding behind the probe prompts.
         json: Print the records as one JSON document.
     """
     from cognica_poe import pipeline
+    from cognica_poe.following import slice_of, sound_record
     from cognica_poe.training.preparation import sweep_run
 
     recipe = pipeline.read_recipe(run)
     sweep_run(run)
     records = []
+    known = "" if step or heads or speed else slice_of(run, recipe)
     for number in pipeline.checkpoint_steps(run, step):
+        if known and (record := sound_record(run, recipe, number, known)):
+            log(f"step {number} has a sound record; --step {number} measures it again")
+            records.append(record)
+            continue
         model = pipeline.checkpoint_model(run, recipe, number, log)
         records.append(pipeline.analyze_step(run, recipe, model, number, log, speed, heads))
     if json:

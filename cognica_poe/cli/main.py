@@ -55,6 +55,7 @@ TREE = Group(
         "export": release.export,
         "add-exit": release.add_exit,
         "publish": release.publish,
+        "follow": release.follow,
         "report": release.report,
         "import": imports.import_weights,
         "trajectory": Group("Published trajectories.", {"import": imports.import_trajectory}),

@@ -1,4 +1,4 @@
-"""The commands that pass a model on: ``export``, ``add-exit``, ``publish`` and ``report``."""
+"""The commands that pass a model on: ``export``, ``add-exit``, ``publish``, ``follow`` and ``report``."""
 
 from __future__ import annotations
 
@@ -132,3 +132,23 @@ def add_exit(
     ]
     print_table(f"exit behind {layer} layers, on held-out text", ["measure", "value"], rows)
     print(out)
+
+
+def follow(run: RunFolder, publish_to: str, replace: Flag = False, json: Flag = False) -> None:
+    """Measure, export and publish every released step of a run as its checkpoint appears, until training has ended.
+
+    What `train --publish-to` starts by itself; by hand it goes on where that stopped, also on another machine that sees
+    the run folder. What is done is left as it is.
+
+    Args:
+        run: Run folder.
+        publish_to: org/name on the Hub (token from HF_TOKEN), or file:FOLDER for a local Hub cache folder.
+        replace: Allow a step to be published again with other content, as for `publish`.
+        json: Print one JSON document.
+    """
+    from cognica_poe import following
+
+    steps = following.follow(run, publish_to, replace=replace, log=log)
+    if json:
+        return print_json({"run": str(run), "steps": steps, "to": publish_to})
+    print(f"published steps {', '.join(map(str, steps)) or 'none'} of {run} to {publish_to}")

@@ -31,6 +31,7 @@ def run(
     out: Path,
     resume: Flag = False,
     init_from: Path | None = None,
+    publish_to: str | None = None,
     json: Flag = False,
 ) -> None:
     """Whole life of a model: data, tokenizer, training, a measured release per step, report, sample text.
@@ -43,10 +44,13 @@ def run(
         out: Run folder.
         resume: Go on with an interrupted run.
         init_from: Start from the weights and the tokenizer of a release folder, or of RUN/checkpoints/step-N.
+        publish_to: org/name on the Hub, or file:FOLDER: each released step is measured, exported and published when it
+            is made, by another process, while training goes on.
         json: Print one JSON document instead of tables.
     """
     from cognica_poe import pipeline
     from cognica_poe.analysis.record import load_records
+    from cognica_poe.following import followed
     from cognica_poe.planning.fit import fit_micro_rows
     from cognica_poe.release.loading import load
     from cognica_poe.serving.generation import generate_samples
@@ -57,7 +61,15 @@ def run(
     check_run(settings)
     settings = fit_micro_rows(settings, 1, log)
     with hold(out, log=log), TrainingProgress(settings.training.steps) as progress:
-        steps = pipeline.run_recipe(settings, out, resume=resume, log=log, progress=progress, init_from=init_from)
+        steps = pipeline.run_recipe(
+            settings,
+            out,
+            resume=resume,
+            log=log,
+            progress=progress,
+            init_from=init_from,
+            beside=followed(out, publish_to, log) if publish_to else None,
+        )
     samples = generate_samples(*load(out / "release" / f"step-{steps[-1]}"), SAMPLE_PROMPT)
     records = load_records(out / "analysis")
     if json:
@@ -81,6 +93,7 @@ def train(
     out: Path,
     resume: Flag = False,
     init_from: Path | None = None,
+    publish_to: str | None = None,
     json: Flag = False,
 ) -> None:
     """Train only, on one process or, under torchrun, on many; checkpoints land in OUT/checkpoints.
@@ -93,9 +106,12 @@ def train(
         out: Run folder.
         resume: Go on with an interrupted run.
         init_from: Start from the weights and the tokenizer of a release folder, or of RUN/checkpoints/step-N.
+        publish_to: org/name on the Hub, or file:FOLDER: each released step is measured, exported and published when it
+            is made, by another process, while training goes on.
         json: Print one JSON document instead of text.
     """
     from cognica_poe import pipeline
+    from cognica_poe.following import followed
     from cognica_poe.planning.fit import fit_micro_rows
     from cognica_poe.training.parallel.ranks import join_ranks
     from cognica_poe.training.trainer import Trainer
@@ -109,7 +125,8 @@ def train(
         ranks.patiently().on_first(lambda: pipeline.prepare(settings, out, log, resume, init_from))
         say = log if ranks.is_first else lambda line: None
         rows, measured = pipeline.open_rows(out, settings, say), pipeline.validation_of(out, settings, ranks, say)
-        with TrainingProgress(settings.training.steps) as progress:
+        to = publish_to if ranks.is_first else None
+        with followed(out, to, log), TrainingProgress(settings.training.steps) as progress:
             trainer = Trainer(
                 settings, out, rows, resume=resume, log=log, progress=progress, ranks=ranks, validation=measured
             )

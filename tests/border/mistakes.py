@@ -31,6 +31,7 @@ RIGHT = {
     "add-exit": "add-exit {release} --layer 1 --out {new} --text {texts} --tokens 600 --batch-rows 2",
     "publish": "publish {run} --to file:{new}",
     "report": "report {run} --out {new}",
+    "follow": "follow {run} --publish-to file:{new}",
     "import": "import {release} --out {new} --text {texts} --measured-bytes 2000",
     "trajectory import": "trajectory import {release}/trajectory.csv --out {new} --drafts 420",
     "generate": "generate {release} Hi --max-new-tokens 4",
