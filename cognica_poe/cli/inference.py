@@ -60,9 +60,10 @@ def serve(
     checkpoint: ReleaseFolder,
     options: Annotated[ServerOptions, tyro.conf.arg(name="")] = ServerOptions(),  # noqa: B008
 ) -> None:
-    """Serve a release folder over HTTP: /v1/completions, /v1/chat/completions, /v1/models, /health.
+    """Serve a release folder over HTTP as OpenAI's API: completions, chat where the release has a template, models.
 
-    This is `transformers serve`, which by itself loads no model that it does not ship.
+    Clients name the model by its folder's name. /health and /metrics (Prometheus) stand beside /v1. Answers of modes
+    full, prefix, stage and exit decode together, those of wand and speculative one by one.
 
     Args:
         checkpoint: Release folder.

@@ -70,6 +70,24 @@ class StageCache:
         self.known = [min(pair) for pair in zip(self.known, known, strict=True)]
         self.lengths = [[min(pair) for pair in zip(row, self.known, strict=True)] for row in self.lengths]
 
+    def adopt(self, row: int, other: StageCache) -> None:
+        """Let a row hold what the one row of another cache of the same engine and capacity holds.
+
+        Segments that the other one has run come with it. A row that holds a text already forgets it.
+        """
+        for segment in range(len(self.states), len(other.states)):
+            self._allocate(segment)
+        known = other.known[0]
+        self.ids[row, :known] = other.ids[0, :known]
+        for segment, states in enumerate(other.states):
+            mine = [self.states[segment], *self.keys[segment], *self.values[segment]]
+            theirs = [states, *other.keys[segment], *other.values[segment]]
+            for here, there in zip(mine, theirs, strict=True):
+                here[row, :known] = there[0, :known]
+        self.known[row], self._lanes_of = known, None
+        for segment, lengths in enumerate(self.lengths):
+            lengths[row] = other.lengths[segment][0]
+
     def last_known(self) -> list[int]:
         """Slot of the last known token of every row."""
         return [known - 1 for known in self.known]

@@ -91,6 +91,14 @@ class ServerOptions:
     """Address to listen at."""
     port: int = setting(8000, low=1, high=65_535)
     """Port to listen at."""
+    allow_host: tuple[str, ...] = ()
+    """Further names that clients may know this server by, beside --host and those of this machine itself; * for any."""
+    api_key: str | None = None
+    """Key that requests must bring, as Authorization: Bearer KEY; none is asked for when omitted."""
+    batch: int = setting(32, low=1, high=1024)
+    """Answers that decode at once, in blocks of 8."""
+    queue: int = setting(256, low=1, high=1_000_000)
+    """Answers that may wait; further requests are told to come back."""
     device: str = "auto"
     """Where the model runs, such as cuda:0."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -1,4 +1,4 @@
-"""The server: transformers' own answers through the modes of this model."""
+"""The command that serves: a process of its own, its mode, its mistakes, its end."""
 
 import json
 import os
@@ -12,25 +12,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from cognica_poe.data.tokenizer import train_tokenizer
 from cognica_poe.errors import UserError
 from cognica_poe.modeling.modeling_cognica_poe import CognicaPoEForCausalLM
-from cognica_poe.release.export import export_release
 from cognica_poe.serving.options import ServerOptions
-from cognica_poe.serving.server import generation_defaults, serve
-from tests.conftest import make_model
-from tests.release.conftest import BOUNDS, record_of
-
-TEXT = "the cat sat on the mat and the dog sat on the log; "
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """A release."""
-    tokenizer = train_tokenizer([TEXT * 20], 275, tmp_path / "tokenizer")
-    model = make_model(dtype=torch.float32, vocab_size=tokenizer.vocab_size)
-    settings = {"record": record_of(model, 300), "wand_bounds": BOUNDS, "name": "tiny", "step": 300}
-    return export_release(model, tokenizer.folder, tmp_path / "release", **settings)
+from cognica_poe.serving.server import load_answering, serve
 
 
 def ask(port: int, path: str, **body) -> dict:
@@ -70,6 +55,7 @@ def start(folder):
                 continue
         raise AssertionError("the server does not answer")
 
+    run.servers = servers
     yield run
     for server in servers:
         server.terminate()
@@ -79,7 +65,7 @@ def start(folder):
 def test_answers_are_those_of_the_mode(start, folder):
     pytest.importorskip("fastapi")
     port = start("--mode", "stage")
-    answer = ask(port, "/v1/completions", model=str(folder), prompt="the cat", max_tokens=12, temperature=0)
+    answer = ask(port, "/v1/completions", model=folder.name, prompt="the cat", max_tokens=12, temperature=0)
     tokenizer, model = AutoTokenizer.from_pretrained(folder), CognicaPoEForCausalLM.from_pretrained(folder).eval()
     ids = tokenizer("the cat", return_tensors="pt").input_ids
     by_stage, by_pool = (model.generate_stage(ids, 0, max_new_tokens=12), model.generate_prefix(ids, max_new_tokens=12))
@@ -87,12 +73,37 @@ def test_answers_are_those_of_the_mode(start, folder):
     assert answer["choices"][0]["text"] == tokenizer.decode(by_stage[0, ids.shape[1] :], skip_special_tokens=True)
 
 
-def test_a_mode_brings_its_own_options_and_no_others():
-    assert generation_defaults(ServerOptions()) == {}
-    assert generation_defaults(ServerOptions("wand")) == {"poe_mode": "wand", "poe_options": {}}
-    assert generation_defaults(ServerOptions("prefix", stages=2))["poe_options"] == {"max_stages": 2}
-    options = generation_defaults(ServerOptions("speculative", stage=1, drafter="int8", k_draft=3))["poe_options"]
-    assert options == {"draft_stage": 1, "drafter": "int8", "k_draft": 3}
+def test_it_ends_when_told_and_finishes_what_it_began(start, folder):
+    pytest.importorskip("fastapi")
+    port = start()
+    server = start.servers[-1]
+    ask(port, "/v1/completions", model=folder.name, prompt="the cat", max_tokens=2)
+    server.terminate()
+    assert server.wait(30) in (143, -15)
+
+
+def test_an_address_that_is_taken(folder):
+    pytest.importorskip("uvicorn")
+    with socket.socket() as taken:
+        taken.bind(("localhost", 0))
+        taken.listen()
+        with pytest.raises(UserError, match="cannot listen at localhost"):
+            serve(folder, ServerOptions(port=taken.getsockname()[1]), print)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"mode": "stage", "stage": 9}, "stage 9 does not exist"),
+        ({"mode": "prefix", "stages": 9}, "stages 9 does not exist"),
+        ({"mode": "exit", "layer": 1}, "no exit stands there"),
+        ({"mode": "speculative", "stage": 9}, "stage 9 does not exist"),
+        ({"mode": "speculative", "layer": 9}, "no exit stands there"),
+    ],
+)
+def test_what_the_release_does_not_have_is_said_before_it_listens(folder, options, sentence):
+    with pytest.raises(UserError, match=sentence):
+        load_answering(folder, ServerOptions(**options))
 
 
 def test_mistakes(tmp_path, folder, monkeypatch):
