@@ -168,8 +168,16 @@ def release_folder(run: Path, step: int, out: Path | None = None) -> Path:
     return place
 
 
-def export_step(run: Path, recipe: Recipe, model: Any, step: int, log: Log, out: Path | None = None) -> Path:
-    """Write the release folder of a measured step."""
+def export_step(
+    run: Path,
+    recipe: Recipe,
+    model: Any,
+    step: int,
+    log: Log,
+    out: Path | None = None,
+    gap: dict[str, Any] | None = None,
+) -> Path:
+    """Write the release folder of a measured step; ``gap``: to a control run, for its card."""
     from cognica_poe.release.export import export_release
 
     file, parts = record_path(Path(run) / "analysis", step), require_parts(run, recipe)
@@ -187,7 +195,12 @@ def export_step(run: Path, recipe: Recipe, model: Any, step: int, log: Log, out:
         name=recipe.release.repo_id.split("/")[-1],
         step=step,
         repo_id=recipe.release.repo_id,
-        about={**_started_from(run), **describe(run, recipe, step), "made_from": parts},
+        about={
+            **_started_from(run),
+            **describe(run, recipe, step),
+            **({"gap": gap} if gap else {}),
+            "made_from": parts,
+        },
         sums=sums_path(file) if record.sums is not None else None,
         earlier=before,
         log=log,

@@ -13,21 +13,33 @@ from cognica_poe.errors import UserError
 from cognica_poe.recipe.fields import Range
 
 
-def export(run: RunFolder, step: Natural, out: Path | None = None) -> None:
+def export(
+    run: RunFolder,
+    step: Natural,
+    out: Path | None = None,
+    control: Path | None = None,
+    shallow: Path | None = None,
+) -> None:
     """Write the release folder of a measured step.
 
     Args:
         run: Run folder.
         step: A step with a checkpoint and a record.
         out: Where to; RUN/release/step-N when omitted.
+        control: Run of the same layers by backprop: the card says the gap to it, as compute too.
+        shallow: Run of stage 0's layers alone by backprop, beside --control: the card says what depth yields.
     """
     from cognica_poe import pipeline
+    from cognica_poe.release.card.gap import gap_of_runs
     from cognica_poe.training.preparation import sweep_run
 
     recipe = pipeline.read_recipe(run)
     sweep_run(run)
     out = pipeline.release_folder(run, step, out)
-    print(pipeline.export_step(run, recipe, pipeline.checkpoint_model(run, recipe, step, log), step, log, out))
+    if shallow and not control:
+        raise UserError("--shallow needs --control: R is the part of the control's gain over it")
+    gap = gap_of_runs(run, control, shallow, step) if control else None
+    print(pipeline.export_step(run, recipe, pipeline.checkpoint_model(run, recipe, step, log), step, log, out, gap))
 
 
 def publish(run: RunFolder, to: str, replace: Flag = False, json: Flag = False) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -15,6 +15,7 @@ from cognica_poe.cli.progress import TrainingProgress, log
 from cognica_poe.errors import UserError
 from cognica_poe.locks import hold
 from cognica_poe.planning.cluster import Cluster
+from cognica_poe.recipe.fields import Recipe
 from cognica_poe.recipe.named import find_recipe
 from cognica_poe.recipe.rules import check_run
 
@@ -161,6 +162,9 @@ def plan(
     recipe: RecipeName,
     settings: RecipeFields,
     cluster: Annotated[Cluster, tyro.conf.arg(name="")] = Cluster(),  # noqa: B008
+    pool: Path | None = None,
+    control: Path | None = None,
+    shallow: Path | None = None,
     json: Flag = False,
 ) -> None:
     """Memory per rank, traffic per step, step time and days of a recipe on a cluster, before it starts.
@@ -180,14 +184,47 @@ def plan(
         recipe: Name of a recipe, or path of a recipe.json.
         settings: The recipe.
         cluster: Where it would run.
+        pool: Measured run of a pool, beside --control: what its gap to backprop would be in this recipe's compute.
+        control: Measured run of the same layers by backprop.
+        shallow: Measured run of stage 0's layers alone by backprop, for the depth yield R.
         json: Print one JSON document instead of tables.
     """
     from cognica_poe.planning.plan import make_plan
 
-    made = make_plan(check_run(settings), cluster)
+    if bool(pool) != bool(control) or (shallow and not control):
+        raise UserError("--pool and --control go together, and --shallow beside them: a gap has two sides")
+    made, gap = make_plan(check_run(settings), cluster), _gap_of(settings, pool, control, shallow)
     if json:
-        return print_json(dataclasses.asdict(made))
+        return print_json({**dataclasses.asdict(made), **({"gap": gap} if gap else {})})
     print_plan(made)
+    if gap:
+        from cognica_poe.release.card.gap import gap_reading, gap_rows
+
+        here = [
+            "the same gap as compute of this recipe",
+            f"{gap['factor_here']:.2f}x" if gap["factor_here"] else "-",
+            "",
+        ]
+        rows = [[*row] for row in gap_rows(gap)]
+        print_table("gap to backprop, measured", ["figure", "value", "95 % interval"], [*rows, here])
+        print(gap_reading(gap))
+
+
+def _gap_of(settings: Recipe, pool: Path | None, control: Path | None, shallow: Path | None) -> dict[str, Any] | None:
+    """The measured gap, with what it would be in the compute of a recipe; None without runs."""
+    from cognica_poe.analysis.gap import compute_factor
+    from cognica_poe.planning.parameters import count_parameters
+    from cognica_poe.release.card.gap import gap_of_runs
+
+    if pool is None or control is None:
+        return None
+    gap, training = gap_of_runs(pool, control, shallow), settings.training
+    tokens = training.steps * training.batch_rows * settings.model.max_position_embeddings
+    try:
+        here = compute_factor(gap["relative"]["value"], count_parameters(settings)["total"], tokens)
+    except ValueError:  # no model of the family is as far behind
+        here = None
+    return {**gap, "factor_here": here}
 
 
 def print_plan(made: Plan) -> None:

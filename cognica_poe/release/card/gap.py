@@ -4,11 +4,38 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from cognica_poe.analysis.gap import GapToControl
+from cognica_poe.analysis.gap import GapToControl, Side, gap_to_control
+from cognica_poe.analysis.record import load_records
+from cognica_poe.errors import UserError
 from cognica_poe.release.card.readings import UNCLEAR
 from cognica_poe.release.text import MISSING, count, markdown_table, markdown_text, number, signed
+
+
+def gap_of_runs(run: Path, control: Path, shallow: Path | None = None, step: int | None = None) -> dict[str, Any]:
+    """The gap of a run at ``step`` (its last measured one when omitted), as ``release.json`` keeps it.
+
+    A control is taken at the same step where it has a record of it, else at its last. Raises UserError where a run has
+    no record with sums, or is no control of this one.
+    """
+    pool = _side(run, step, exact=step is not None)
+    at = pool[0]["step"]
+    found = gap_to_control(pool, _side(control, at), _side(shallow, at) if shallow else None)
+    return as_dict(found)
+
+
+def _side(run: Path, step: int | None, exact: bool = False) -> Side:
+    records = {record.step: record for record in load_records(Path(run) / "analysis")}
+    if not records:
+        raise UserError(f"{run} holds no analysis record: run `cognica-poe analyze {run}` first")
+    if exact and step not in records:
+        raise UserError(f"{run} has no record of step {step}: run `cognica-poe analyze {run} --step {step}` first")
+    record = records[step if step in records else max(records)]
+    if record.sums is None:
+        raise UserError(f"{run} has no sums beside the record of step {record.step}: measure the step again")
+    return record.model_dump(mode="json"), record.sums
 
 
 def as_dict(gap: GapToControl) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from cognica_poe.release.card import series, tables, training
 from cognica_poe.release.card.capabilities import capabilities
 from cognica_poe.release.card.exits import exits
 from cognica_poe.release.card.findings import findings
+from cognica_poe.release.card.gap import gap_section
 from cognica_poe.release.card.readings import Record
 from cognica_poe.release.card.related import related
 from cognica_poe.release.card.tables import is_pool, stage_count
@@ -63,6 +64,7 @@ def render_card(records: Sequence[Record], release: Mapping[str, Any], sums: Map
         training.checkpoints(release),
         training.loss_history(release),
         tables.measurements(latest),
+        gap_section(release),
         *(section.markdown() for section in series.sections(trajectory, release)),
         _findings(trajectory),
         exits(release),
