@@ -28,7 +28,7 @@ from cognica_poe.seals import read_sealed, require_made_from, write_sealed
 from cognica_poe.training.build import build_model
 from cognica_poe.training.checkpoint import CheckpointFolder
 from cognica_poe.training.initial import read_origin
-from cognica_poe.training.journal import Journal, read_records
+from cognica_poe.training.journal import Journal
 from cognica_poe.training.lineage import require_parts
 from cognica_poe.training.parallel.ranks import Ranks
 from cognica_poe.training.precision import default_device
@@ -208,40 +208,11 @@ def export_step(
 
 
 def describe(run: Path, recipe: Recipe, step: int) -> dict[str, Any]:
-    """What the card of ``step`` says beside its record: data, training, parameters, where the run stood."""
+    """What the card of ``step`` says beside its record (``release.description``)."""
     from cognica_poe.planning.parameters import count_parameters
-    from cognica_poe.release import history
+    from cognica_poe.release.description import describe_run
 
-    manifest = load_manifest(Path(run) / "data").model_dump(mode="json")
-    rows = history.by_step(read_records(Path(run) / "metrics.jsonl"))
-    rows = [row for row in rows if row["step"] <= step]
-    training, counted = recipe.training, count_parameters(recipe)
-    batch = training.batch_rows * recipe.model.max_position_embeddings
-    found = {
-        "data": {key: manifest[key] for key in ("mix", "sources")},
-        "languages": sorted({name for source in manifest["sources"] for name in source.get("languages") or []}) or None,
-        "progress": history.progress_at(rows, step, training.steps),
-        "parameter_groups": counted["groups"],
-        "training": {
-            "recipe": recipe.name,
-            "steps": training.steps,
-            "batch_tokens": batch,
-            "tokens": batch * training.steps,
-            "tokens_per_parameter": batch * training.steps / counted["total"],
-            "seed": training.seed,
-            "settings": {**dataclasses.asdict(training), "case_aug_prob": recipe.data.case_aug_prob},
-        },
-    }
-    measured = history.validations(rows)
-    if measured:
-        kept = ("step", "full", "stage", "prefix", "plain")
-        found["validation_in_training"] = {
-            **{key: measured[-1].get(key) for key in ("documents", "bytes", "sha256")},
-            "share_of_time": history.share_of_time(rows),
-            "rows": [{key: row.get(key) for key in kept} for row in measured],
-            "minima": [list(item) for item in history.minima(measured)],
-        }
-    return found
+    return describe_run(run, recipe, step, count_parameters(recipe))
 
 
 def _started_from(run: Path) -> dict[str, Any]:
