@@ -21,6 +21,7 @@ import tyro
 from cognica_poe import __version__, interrupts
 from cognica_poe.cli import analysis, bench, data, imports, inference, release, training
 from cognica_poe.cli.arguments import RecipeName, named_types, require_options, with_ranges_in_help
+from cognica_poe.cli.evaluation import bpb, eval_tasks
 from cognica_poe.cli.mistakes import one_line, refusals
 from cognica_poe.cli.progress import log, quiet_transformers
 from cognica_poe.errors import TrainingStopped, UserError
@@ -52,6 +53,8 @@ TREE = Group(
         "params": training.params,
         "analyze": analysis.analyze,
         "calibrate": analysis.calibrate,
+        "bpb": bpb,
+        "eval": eval_tasks,
         "export": release.export,
         "add-exit": release.add_exit,
         "publish": release.publish,

@@ -7,6 +7,7 @@ context is too long, and answer by the full pool alone. Here every row begins wi
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ import torch
 from cognica_poe.analysis.continuations import Path as UsedPath
 from cognica_poe.analysis.continuations import Scorer
 from cognica_poe.errors import UserError
+from cognica_poe.files import disk_errors, require_replaceable
 from cognica_poe.seals import read_sealed, write_sealed
 
 if TYPE_CHECKING:
@@ -155,15 +157,30 @@ def _answer(
     return text[: min((text.find(end) for end in until if end and end in text), default=len(text))]
 
 
+def require_place(file: Path, weights_sha256: str | None) -> None:
+    """Raise UserError where ``store`` could not write: something else lies there, or results of other weights."""
+    if os.path.lexists(file):
+        known = read_sealed(file, "evaluation", _REMEDY)
+        if "evaluations" not in known or known.get("weights_sha256") != weights_sha256:
+            raise UserError(f"{file} is no evaluation of these weights: choose another --out, or remove it yourself")
+    else:
+        require_replaceable(file, "evaluation")
+
+
+def require_tasks(folder: Path) -> None:
+    """Raise UserError for a folder without a task."""
+    with disk_errors(folder):
+        if not folder.is_dir() or not any(folder.glob("*.yaml")):
+            raise UserError(f"--task-folder {folder} holds no task: it needs a NAME.yaml for each")
+
+
 def store(file: Path, of: dict[str, Any], found: dict[str, Any]) -> None:
     """Add what was evaluated to ``file``, a sealed file of one set of weights; the same path and task is replaced.
 
-    ``of``: ``name``, ``step`` and ``weights_sha256`` of the record that it joins. Raises UserError for a file of other
-    weights.
+    ``of``: ``name``, ``step`` and ``weights_sha256`` of the record that it joins. Raises as ``require_place``.
     """
-    known = read_sealed(file, "evaluation", _REMEDY) if file.is_file() else {**of, "evaluations": []}
-    if known.get("weights_sha256") != of["weights_sha256"]:
-        raise UserError(f"{file} is of other weights (step {known.get('step')}): choose another --out, or delete it")
+    require_place(file, of["weights_sha256"])
+    known = read_sealed(file, "evaluation", _REMEDY) if file.is_file() else {"evaluations": []}
     kept = [item for item in known["evaluations"] if (item["path"], item["task"]) not in _keys(found)]
     new = [
         {"task": task, **result, **{key: found[key] for key in ("path", "harness", "limit", "seed")}}

@@ -27,6 +27,8 @@ RIGHT = {
     "params": "params tiny",
     "analyze": "analyze {run} --step 2",
     "calibrate": "calibrate {release} --text {texts} --tokens 600",
+    "bpb": "bpb {release} --text {texts} --max-bytes 4000",
+    "eval": "eval {release} --tasks arc_easy --limit 2",
     "export": "export {run} --step 2 --out {new}",
     "add-exit": "add-exit {release} --layer 1 --out {new} --text {texts} --tokens 600 --batch-rows 2",
     "publish": "publish {run} --to file:{new}",

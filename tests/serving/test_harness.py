@@ -18,10 +18,10 @@ from tests.conftest import make_model
 from tests.release.conftest import BOUNDS, record_of
 
 
-def test_a_missing_harness_is_one_line(monkeypatch, tmp_path, capsys):
+def test_a_missing_harness_is_one_line(monkeypatch, release_folder, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(SystemExit) as end:
-        main(["eval", str(tmp_path), "--tasks", "lambada_openai"])
+        main(["eval", str(release_folder), "--tasks", "lambada_openai"])
     said = capsys.readouterr().err
     assert end.value.code == 2 and "pip install 'cognica-poe[eval]'" in said and said.count("\n") == 1
 
@@ -61,7 +61,7 @@ def test_results_of_one_set_of_weights_are_kept_together(tmp_path):
     stored = read_sealed(file, "evaluation", "delete it")
     assert stored["weights_sha256"] == "ab" * 32
     assert [(e["path"], e["metrics"]["acc"]) for e in stored["evaluations"]] == [("full", 0.3), ("stage 0", 0.2)]
-    with pytest.raises(UserError, match="of other weights"):
+    with pytest.raises(UserError, match="no evaluation of these weights"):
         harness.store(file, {**of, "weights_sha256": "cd" * 32}, found("full", 0.1))
 
 
@@ -83,7 +83,8 @@ def tasks(tmp_path):
     folder.mkdir()
     (folder / "data.jsonl").write_text(
         "".join(json.dumps({"q": q, "a": a, "b": b, "text": text}) + "\n" for q, a, b, text in (
-            ("def f(", "x", "import os and", "def f(x): return x\n" * 40), ("class A", ":", "while True", "import os\n"),
+            ("def f(", "x", "import os and", "def f(x): return x\n" * 40),
+            ("class A", ":", "while True", "import os\n"),
         ))
     )  # fmt: skip
     common = f"""dataset_path: json
@@ -104,6 +105,7 @@ metadata: {{version: 1.0}}
     return folder
 
 
+@pytest.mark.slow
 def test_tasks_by_path(release_folder, tasks, tmp_path, capsys):
     pytest.importorskip("lm_eval")
     model, _ = load(release_folder)
@@ -128,6 +130,10 @@ def test_tasks_by_path(release_folder, tasks, tmp_path, capsys):
     assert [(item["task"], item["path"]) for item in stored] == [
         (task, path) for task in ("own_answer", "own_choice", "own_rolling") for path in ("full", "prefix 1", "stage 1")
     ]
+    for folder in (tmp_path / "missing", release_folder):
+        with pytest.raises(SystemExit):
+            main(["eval", str(release_folder), "--tasks", "x", "--task-folder", str(folder)])
+        assert f"--task-folder {folder} holds no task" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["eval", str(release_folder), "--tasks", "no_such_task", "--task-folder", str(tasks)])
     assert "'no_such_task' is none of lm-evaluation-harness" in capsys.readouterr().err
