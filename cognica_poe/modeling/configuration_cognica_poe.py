@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedConfig
 
 POE_MODES = ("none", "flat", "hier", "residual_logop")
+FINETUNE_OBJECTIVES = ("pool", "stages", "flat")
 
 
 class CognicaPoEConfig(PreTrainedConfig):
@@ -59,6 +60,7 @@ class CognicaPoEConfig(PreTrainedConfig):
     poe_wand_p99_bounds_per_exit: list[float] | None = None  # None: WAND passes by the exits
     poe_direct_p99_bounds: list[float] | None = None  # margins behind stages 0 .. K-2, of the pool's remaining change
     poe_agreement_margins: dict[str, list[float]] | None = None  # such margins by the agreement that they keep
+    finetune_objective: str = "pool"  # what labels teach: the pool, the stages, or each stage by itself
     use_cache: bool = True
     tie_word_embeddings: bool = False
 
@@ -85,6 +87,8 @@ class CognicaPoEConfig(PreTrainedConfig):
         stages, layers, bounds = self.poe_stage_layers, self.num_hidden_layers, self.poe_wand_p99_bounds_per_stage_head
         heads, groups = self.num_attention_heads, self.num_key_value_heads
         check(self.poe_mode in POE_MODES, f"poe_mode is {self.poe_mode!r}; choose one of {', '.join(POE_MODES)}")
+        taught, known = self.finetune_objective, ", ".join(FINETUNE_OBJECTIVES)
+        check(taught in FINETUNE_OBJECTIVES, f"finetune_objective is {taught!r}; choose one of {known}")
         fits = all(count > 0 for count in stages) and sum(stages) == layers
         check(fits, f"poe_stage_layers {stages} must be positive and sum to num_hidden_layers = {layers}")
         check(heads % groups == 0, f"num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}")
@@ -107,7 +111,7 @@ class CognicaPoEConfig(PreTrainedConfig):
         self._check_margins()
 
     def _check_margins(self) -> None:
-        named = {"poe_direct_p99_bounds": self.poe_direct_p99_bounds}
+        named: dict[str, list[float] | None] = {"poe_direct_p99_bounds": self.poe_direct_p99_bounds}
         for agreement, margins in (self.poe_agreement_margins or {}).items():
             name = f"poe_agreement_margins {agreement!r}"
             check(_is_share(agreement), f"{name} is no agreement; name one between 0 and 1, such as '0.99'")

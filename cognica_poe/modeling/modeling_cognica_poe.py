@@ -24,11 +24,12 @@ from .configuration_cognica_poe import CognicaPoEConfig, check
 from .decoding_cognica_poe import PoEDecodingMixin
 from .documents_cognica_poe import document_places, is_followed
 from .engine_cognica_poe import ENGINES
+from .finetuning_cognica_poe import PoEFinetuningMixin
 from .heads_cognica_poe import Head, LowRankHead, PoEHeadsMixin, factor, make_heads
 from .sampling_cognica_poe import combine
 
 
-class CognicaPoEForCausalLM(PreTrainedModel, PoEHeadsMixin, PoEDecodingMixin, GenerationMixin):
+class CognicaPoEForCausalLM(PoEFinetuningMixin, PreTrainedModel, PoEHeadsMixin, PoEDecodingMixin, GenerationMixin):
     """The model with its K heads. ``generate()`` samples the pool; the other modes are in ``PoEDecodingMixin``."""
 
     config: CognicaPoEConfig
@@ -39,9 +40,11 @@ class CognicaPoEForCausalLM(PreTrainedModel, PoEHeadsMixin, PoEDecodingMixin, Ge
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    supports_gradient_checkpointing = True
 
     def __init__(self, config: CognicaPoEConfig):
         super().__init__(config)
+        self.gradient_checkpointing = False  # transformers sets it
         width, vocab, layers = config.hidden_size, config.vocab_size, config.num_hidden_layers
         kv_width = config.num_key_value_heads * config.head_dim
         self.transformer = Trunk(config)
@@ -143,16 +146,26 @@ class CognicaPoEForCausalLM(PreTrainedModel, PoEHeadsMixin, PoEDecodingMixin, Ge
         for i in layers:
             embedded = self.value_embeds[str(i)](ids) if self.config.has_value_embedding(i) else None
             lambdas, mask = (self.resid_lambdas[i], self.x0_lambdas[i]), masks[self.config.layer_types[i]]
-            x = self.transformer.h[i](x, x0, *lambdas, rotary, mask, embedded, cache)
+            inputs = (x, x0, *lambdas, rotary, mask, embedded, cache)
+            layer = self.transformer.h[i]
+            again = self.gradient_checkpointing and self.training
+            x = self._gradient_checkpointing_func(layer.__call__, *inputs) if again else layer(*inputs)
         return x
 
     def boundary_states(
-        self, ids: torch.Tensor, attention_mask=None, position_ids=None, cache=None, max_stages=None, places=None
+        self,
+        ids: torch.Tensor,
+        attention_mask=None,
+        position_ids=None,
+        cache=None,
+        max_stages=None,
+        places=None,
+        local=False,
     ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
         """Embeddings ``x0``, the residual stream after each of the first ``max_stages`` stages; that after layer L//2.
 
         All are ``[B, T, D]``; the last is None where layer L//2 is not reached. ``places`` are those of
-        :func:`document_places`.
+        :func:`document_places`; ``local`` lets no gradient cross from a stage into the one before.
         """
         config = self.config
         past = cache.get_seq_length() if cache is not None else 0
@@ -171,7 +184,7 @@ class CognicaPoEForCausalLM(PreTrainedModel, PoEHeadsMixin, PoEDecodingMixin, Ge
             cache.record(ids, real)
         states, middle = [x0], None
         for stage in range(max_stages or config.num_stages):
-            layers = config.stage_layers(stage)
+            layers, x = config.stage_layers(stage), x.detach() if local and stage else x
             half = config.num_hidden_layers // 2 + 1  # the middle is the state after layer L//2
             if layers.start < half <= layers.stop:
                 x = middle = self.run_layers(range(layers.start, half), x, x0, ids, rotary, masks, cache)
@@ -218,7 +231,8 @@ class CognicaPoEForCausalLM(PreTrainedModel, PoEHeadsMixin, PoEDecodingMixin, Ge
                 which sees nothing of those before it. Such a row has no cache.
             past_key_values: cache of the text before; made anew when ``use_cache``.
             inputs_embeds: refused.
-            labels: ids ``[B, T]``, -100 where none counts; shifted by one inside.
+            labels: ids ``[B, T]``, -100 where none counts; shifted by one inside. What they teach is
+                ``config.finetune_objective``.
             use_cache: return a cache; the config's when None, never in training mode.
             logits_to_keep: how many of the last positions get logits, or which; all when 0.
             output_attentions: refused.
@@ -251,7 +265,12 @@ class CognicaPoEForCausalLM(PreTrainedModel, PoEHeadsMixin, PoEDecodingMixin, Ge
         if use_cache and past_key_values is None and not self.training and places is None:
             past_key_values = CognicaKVCache(config)
         (x0, *states), middle = self.boundary_states(
-            input_ids, attention_mask, position_ids, past_key_values, places=places
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            places=places,
+            local=labels is not None and self.teaches_locally,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         if self.config.poe_mode == "none":
@@ -261,7 +280,7 @@ class CognicaPoEForCausalLM(PreTrainedModel, PoEHeadsMixin, PoEDecodingMixin, Ge
             logits = self._pool([x[:, keep] for x in states])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = self.label_loss(logits, [x[:, keep] for x in states], labels, **kwargs)
         hidden = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
         if hidden:
