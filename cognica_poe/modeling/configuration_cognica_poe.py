@@ -116,8 +116,8 @@ class CognicaPoEConfig(PreTrainedConfig):
             name = f"poe_agreement_margins {agreement!r}"
             check(_is_share(agreement), f"{name} is no agreement; name one between 0 and 1, such as '0.99'")
             named[name] = margins
-        for name, margins in named.items():
-            fits = margins is None or (len(margins) == self.num_stages - 1 and all(margin >= 0 for margin in margins))
+        for name, held in named.items():
+            fits = held is None or (len(held) == self.num_stages - 1 and all(margin >= 0 for margin in held))
             check(fits, f"{name} needs {self.num_stages - 1} non-negative margins, one per stage but the last")
 
     def _check_exits(self) -> None:
