@@ -19,7 +19,7 @@ from typing import Annotated, Any, Union
 import tyro
 
 from cognica_poe import __version__, interrupts
-from cognica_poe.cli import analysis, bench, data, imports, inference, release, training
+from cognica_poe.cli import analysis, bench, data, imports, inference, mixes, release, tokenizer, training
 from cognica_poe.cli.arguments import RecipeName, named_types, require_options, with_ranges_in_help
 from cognica_poe.cli.evaluation import bpb, eval_tasks
 from cognica_poe.cli.mistakes import one_line, refusals
@@ -67,14 +67,17 @@ TREE = Group(
         "data": Group(
             "Text: collect it, pack it into rows, find what a step read.",
             {
-                "mix": data.write_mix,
+                "mix": Group(
+                    "Mixes of Hub datasets: what they are, and files that name every revision.",
+                    {"show": mixes.show_mix, "pin": mixes.pin_mix},
+                ),
                 "build": data.build_data,
                 "pack": data.pack_rows,
                 "task": data.run_task,
                 "which-docs": data.which_docs,
             },
         ),
-        "tokenizer": Group("The tokenizer of a run.", {"train": data.train_tokenizer}),
+        "tokenizer": Group("The tokenizer of a run.", {"train": tokenizer.train_tokenizer, "report": tokenizer.report}),
         "bench": Group(
             "Time and memory of training and decoding on this machine.",
             {"train": bench.bench_train, "decode": bench.bench_decode, "memory": bench.bench_memory},

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,6 +44,8 @@ MAX_VOCAB = 65536
 """Most token ids: packed rows are uint16."""
 _FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _LONG_WORD = 512  # characters; longer ones cost training the square of their length
+_PIECE = 1_000_000
+_LEAST_PART = 1_000_000
 
 
 class Tokenizer:
@@ -114,9 +117,12 @@ class Tokenizer:
         """Whether the split pattern takes line ends behind ``character`` into the same word."""
         return len(self._backend.pre_tokenizer.pre_tokenize_str(f"{character}\n")) == 1
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each text without BOS, uint16 arrays; the same ids as ``encode``."""
-        return [self._encode_array(text) for text in texts]
+    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
+        """Ids of each text without BOS, uint16 arrays; the same ids as ``encode``, from any number of ``threads``."""
+        if threads == 1:
+            return [self._encode_array(text) for text in texts]
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(self._encode_array, texts))
 
     def _encode_array(self, text: str) -> np.ndarray:
         parts = [encoder.encode_to_numpy(part, disallowed_special=()) for encoder, part in self._parts(text)]
@@ -168,8 +174,9 @@ def train_tokenizer(
 ) -> Tokenizer:
     """Train on at most ``max_bytes`` of ``texts`` and save to ``out``. Deterministic.
 
-    The text that goes beyond ``max_bytes`` is cut there. A word of the split pattern that is longer than 512 characters
-    counts as several, in training alone, so that time stays near linear in the text. ``made_from`` goes into the
+    The text that goes beyond ``max_bytes`` is cut there, and one that is more than a twentieth of it. A word of the
+    split pattern that is longer than 512 characters counts as several, in training alone, so that time and memory stay
+    in proportion to ``max_bytes``. ``made_from`` goes into the
     manifest. Raises UserError if ``out`` holds anything but a tokenizer of ours, or if ``vocab_size`` does not fit
     uint16 rows, leaves no room for merges, or is not reached.
     """
@@ -255,14 +262,31 @@ def copy_tokenizer(tokenizer_json: Path, out: Path, made_from: Mapping[str, str]
 
 
 def _capped(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
-    """``texts`` up to ``max_bytes`` of UTF-8, the last one cut at a character."""
-    left = max_bytes
+    """``texts`` up to ``max_bytes`` of UTF-8, the last one cut at a character, in pieces that can be split in memory.
+
+    No text gives more than a twentieth of ``max_bytes``, or a megabyte where that is more: a single one must not decide
+    the vocabulary.
+    """
+    left, most = max_bytes, max(max_bytes // 20, _LEAST_PART)
     for text in texts:
         if left <= 0:
             return
-        data = text.encode()
-        yield text if len(data) <= left else data[:left].decode(errors="ignore")
-        left -= len(data)
+        data = text[:most].encode()
+        part = min(left, most)
+        yield from _pieces(text[:most] if len(data) <= part else data[:part].decode(errors="ignore"))
+        left -= min(len(data), part)
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """``text`` in pieces of at most a million characters that end at a space where there is one: what splits them gives
+    up on longer white space, and takes 50 bytes a character."""
+    done = 0
+    while len(text) - done > _PIECE:
+        space = text.rfind(" ", done + _PIECE // 2, done + _PIECE)
+        end = space if space > 0 else done + _PIECE
+        yield text[done:end]
+        done = end
+    yield text[done:]
 
 
 @lru_cache(maxsize=1)

@@ -38,12 +38,14 @@ RIGHT = {
     "trajectory import": "trajectory import {release}/trajectory.csv --out {new} --drafts 420",
     "generate": "generate {release} Hi --max-new-tokens 4",
     "serve": "serve {release} --port {port}",
-    "data mix": "data mix frontier_v1 --out {new}.json",
+    "data mix show": "data mix show frontier_v1 --tokens 1000",
+    "data mix pin": "data mix pin {mix} --bytes 1000 --out {new}.json",
     "data build": "data build {texts} --out {new} --val-min-bytes 20000",
     "data pack": "data pack {run}/data --tokenizer {run}/tokenizer --out {new} --row-len 65",
     "data task": "data task pack 0 --out {planned}",
     "data which-docs": "data which-docs {run} --step 0",
     "tokenizer train": "tokenizer train {run}/data --out {new} --vocab-size 400",
+    "tokenizer report": "tokenizer report {run}/data --tokenizer {run}/tokenizer --max-bytes 20000",
     "bench train": "bench train --shapes 4x64 --modes none --dtypes float32 --compile off --rounds 1 --steps 1 "
     "--rows 2 --micro-rows 2 --vocab 300 --length 16",
     "bench decode": "bench decode {release} --text {texts} --prompts 1 --new-tokens 4 --prompt-tokens 4 --k-draft 2 "

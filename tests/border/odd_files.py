@@ -5,10 +5,10 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cognica_poe.data.mixes import FRONTIER_V1, save_mix
+from cognica_poe.data.mixes import FRONTIER_V1, PinnedFile, save_mix
 from cognica_poe.files import MANIFEST, write_manifest
 
 Spoil = Callable[[Path], None]
@@ -121,6 +121,9 @@ def broken_json() -> Iterator[OddFile]:
 
 
 def write_mix(file: Path) -> None:
-    """A mix with every revision filled in."""
-    save_mix(FRONTIER_V1, file)
-    file.write_text(file.read_text().replace('"revision": null', f'"revision": "{"0" * 40}"'))
+    """A mix with a revision and a file of every source, which nobody has."""
+    sources = []
+    for source in FRONTIER_V1.sources:
+        files = tuple(PinnedFile(f"{config}.parquet", 10, "0" * 64, config) for config in source.configs)
+        sources.append(replace(source, revision="0" * 40, pinned=files))
+    save_mix(replace(FRONTIER_V1, sources=tuple(sources)), file)

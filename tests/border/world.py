@@ -1,17 +1,19 @@
 """A world for command lines to go wrong in: a finished run, texts, and paths of every unfit kind."""
 
 import contextlib
-import dataclasses
 import hashlib
 import os
 import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+from cognica_poe.data.mixes import save_mix
 from cognica_poe.recipe.stored import save_recipe
 from tests.border.forks import Forks, Line
+from tests.data.corpora import pair_of_datasets, pair_of_sources, write_mirror
 from tests.runs import small_recipe, write_texts
 
 
@@ -28,7 +30,7 @@ def make_world(forks: Forks) -> Iterator[dict[str, str]]:
             folder.chmod(0o777)  # nobody can write here, and read nothing in locked
         texts = write_texts(base / "texts")
         recipe = small_recipe(texts, steps=4, checkpoint_every=2)
-        recipe = dataclasses.replace(recipe, release=dataclasses.replace(recipe.release, every=2))
+        recipe = replace(recipe, release=replace(recipe.release, every=2))
         save_recipe(recipe, base / "recipe.json")
         (base / "foreign" / "thesis.docx").write_text("years of work")
         (base / "file").write_bytes(b"\x00\x01\xff" * 100)
@@ -48,6 +50,13 @@ def make_world(forks: Forks) -> Iterator[dict[str, str]]:
         )
         done = forks.run(Line([*pack.split(), "--plan"], world["cwd"], places(world), 60))
         assert done.code == 0, done.err
+        mix = pair_of_sources(revision=None)
+        save_mix(
+            replace(mix, sources=tuple(replace(source, revision=None) for source in mix.sources)),
+            base / "unpinned.json",
+        )
+        write_mirror(base / "mirror", pair_of_datasets(9))
+        world["mix"] = str(base / "unpinned.json")
         (base / "locked").chmod(0o700)
         yield world
     finally:
@@ -55,8 +64,9 @@ def make_world(forks: Forks) -> Iterator[dict[str, str]]:
 
 
 def places(world: dict[str, str]) -> dict[str, str]:
-    """Environment whose own folders lie in the world, so that leftovers are seen."""
-    return {"TMPDIR": f"{world['base']}/tmp", "HOME": f"{world['base']}/home"}
+    """Environment whose own folders lie in the world, so that leftovers are seen, and a mirror of datasets there."""
+    base = world["base"]
+    return {"TMPDIR": f"{base}/tmp", "HOME": f"{base}/home", "HF_ENDPOINT": f"file:{base}/mirror"}
 
 
 def state_of(folder: str) -> dict[str, tuple]:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from cognica_poe.data.engine.groups import Column, assign_splits, find_groups
+from cognica_poe.data.engine.groups import Column, Groups, assign_splits, find_groups
 from cognica_poe.data.engine.job import Job, Outputs, Stage, Values
 from cognica_poe.data.engine.keys import as_unit, read_array
 from cognica_poe.errors import UserError
@@ -18,6 +18,7 @@ from cognica_poe.errors import UserError
 DUPLICATE, OVER = -1, -2
 REASONS = {DUPLICATE: "duplicate", OVER: "over max_bytes"}
 """Why a document goes nowhere, by the number that stands in the place of a shard's."""
+_ENOUGH = 0.995  # of the text wanted of a source: a share of a third is reached within 0.2 points then
 Columns = dict[str, Column]
 _COLUMNS = ("group", "sample", "given", "source", "size", "shard")
 
@@ -39,8 +40,7 @@ class Decide(Stage):
     def parameters(self, job: Job, number: int) -> Values:
         options = job.plan["options"]
         names = ("val_fraction", "val_min_bytes", "max_bytes", "shard_bytes")
-        sampled = job.plan["mix"] is None  # of a Hub mix no more was read
-        return {**{name: options[name] for name in names}, "sampled": sampled, "given": job.plan["given"]}
+        return {**{name: options[name] for name in names}, "sizes": job.plan["sizes"], "given": job.plan["given"]}
 
     def needs(self, job: Job, number: int) -> Iterable[tuple[str, int]]:
         return [(stage, i) for stage in ("read", "duplicates") for i in range(job.count(stage))]
@@ -55,10 +55,11 @@ class Decide(Stage):
         keep[np.concatenate(gone)] = False
         kept = {name: column[keep] for name, column in columns.items()}
         groups = find_groups(*(kept[name] for name in ("group", "sample", "given", "source", "size")))
-        options, wanted = job.plan["options"], self.parameters(job, number)
+        options = job.plan["options"]
         try:
-            limit = options["max_bytes"] if wanted["sampled"] else None
-            split = assign_splits(groups, options["val_fraction"], options["val_min_bytes"], limit)[groups.of_document]
+            wanted = _wanted(job.plan["sizes"], groups, names)
+            limits = (options["val_fraction"], options["val_min_bytes"], options["max_bytes"], wanted)
+            split = assign_splits(groups, *limits)[groups.of_document]
         except UserError as error:
             raise UserError(f"{job.plan['given']}: {error}") from error
         sizes, unit = kept["size"].astype(np.int64), as_unit(kept["shard"])
@@ -72,6 +73,21 @@ class Decide(Stage):
         places = [[a, b, _sha256(target[a:b])] for a, b in itertools.pairwise(borders)]
         dropped = _dropped(target, columns["source"], names)
         return {"shards": shards, "val_shards": held, "bytes": size, "dropped": dropped, "places": places}
+
+
+def _wanted(sizes: dict[str, int] | None, groups: Groups, names: list[str]) -> Column | None:
+    """Bytes of every source that a mix asks for. Raises UserError where the files read hold too little of one."""
+    if sizes is None:
+        return None
+    held = np.bincount(groups.source, weights=groups.bytes, minlength=len(names))
+    found = dict(zip(names, held.tolist(), strict=True))
+    for name, size in sizes.items():
+        if (reached := found.get(name, 0.0)) < _ENOUGH * size:
+            raise UserError(
+                f"the files of source {name} hold {reached / 1e6:,.2f} MB of usable text, {size / 1e6:,.2f} MB are "
+                "wanted: lower its text_per_byte in the mix and pin it again, or lower its share"
+            )
+    return np.array([sizes[name] for name in names], dtype=float)
 
 
 def read_targets(job: Job, task: int) -> NDArray[np.int32]:

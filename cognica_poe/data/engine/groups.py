@@ -61,15 +61,20 @@ def find_groups(validation: Column, sample: Column, given: Column, source: Colum
     )
 
 
-def assign_splits(groups: Groups, fraction: float, min_bytes: int, max_bytes: int | None) -> Column:
+def assign_splits(
+    groups: Groups, fraction: float, min_bytes: int, max_bytes: int | None, wanted: Column | None = None
+) -> Column:
     """int8 [groups]: 0 in the training split, 1 in the validation split, -1 in none.
 
     As the names of files say where one says validation, else by hash, ``fraction`` of every source and at least
     ``min_bytes`` in all. Beyond ``max_bytes`` (of what is not given as validation) a sample is kept by hash, the same
-    part of every source. Raises UserError for too little text.
+    part of every source; ``wanted``, float [sources], names the bytes of each instead. Raises UserError for too little
+    text.
     """
     pool = groups.given != VALIDATION
-    if max_bytes is not None:
+    if wanted is not None:
+        pool = choose_groups(groups, pool, wanted / 1.1, groups.sample)
+    elif max_bytes is not None:
         mine = pool[groups.of_document]
         totals = np.bincount(groups.source[mine], weights=groups.bytes[mine], minlength=_sources(groups))
         if totals.sum() > max_bytes:

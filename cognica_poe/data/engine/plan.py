@@ -8,11 +8,11 @@ stays.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cognica_poe.data.mixes import MIXES, PYTHON_DOCS, Mix, load_mix, require_pinned
+from cognica_poe.data.mixes import MIXES, PYTHON_DOCS, Mix, choose_files, load_mix, require_pinned, text_sizes
 from cognica_poe.data.sources.local import explicit_split, local_files
 from cognica_poe.errors import UserError
 from cognica_poe.files import require_apart
@@ -47,19 +47,21 @@ def plan_build(given: str, out: Path, options: Options, log: Callable[[str], Non
     """What a build of ``given`` does, as JSON values. Raises UserError for what cannot be read; writes nothing.
 
     ``parts`` has a list for every reading task: dicts of ``kind`` (``python-docs``, ``hub``, ``file``) and what that
-    kind needs: of a file its ``file`` below ``root``, and of a part its row ``groups``, ``first_row`` and ``bytes``.
+    kind needs: of a pinned file its ``source`` and ``file``, of a local one its ``file`` below ``root``, and of a part
+    its row ``groups``, ``first_row`` and ``bytes``. ``sizes`` has the bytes of every source that a mix asks for.
     """
     options.check()
     plan: dict[str, Any] = {"kind": "build", "given": given, "options": asdict(options), "root": None, "mix": None}
+    plan["sizes"] = None
     if given == PYTHON_DOCS:
         log("data: collecting python-docs from this Python installation")
         return plan | {"name": given, "parts": [[{"kind": PYTHON_DOCS, "split": None}]]}
     mix = load_mix(Path(given)) if given.endswith(".json") else MIXES.get(given)
     if mix is not None:
         require_pinned(mix)
-        if options.max_bytes is None:
-            raise UserError(f"mix {mix.name} needs a size: pass --max-bytes, or --data.max-bytes with a recipe")
-        return plan | {"name": mix.name, "mix": asdict(mix), "parts": _hub_parts(mix, options.max_bytes)}
+        sizes = text_sizes(mix, max_bytes=options.max_bytes)
+        described = replace(mix, sources=tuple(replace(source, pinned=()) for source in mix.sources))
+        return plan | {"name": mix.name, "mix": asdict(described), "sizes": sizes, "parts": _hub_parts(mix, sizes)}
     path = Path(given)
     require_apart(out, path)
     parts = _local_parts(local_files(path), path, log)
@@ -75,9 +77,19 @@ def mix_name(given: str) -> str | None:
     return Path(given).name
 
 
-def _hub_parts(mix: Mix, max_bytes: int) -> list[list[dict[str, Any]]]:
-    return [[{"kind": "hub", "split": None, "source": number, "bytes": int(source.share * max_bytes)}]
-            for number, source in enumerate(mix.sources)]  # fmt: skip
+def _hub_parts(mix: Mix, sizes: dict[str, int]) -> list[list[dict[str, Any]]]:
+    """The parts of every task: pinned files of one source, together up to the text of a task."""
+    tasks: list[list[dict[str, Any]]] = []
+    for source in mix.sources:
+        room, described = 0.0, asdict(replace(source, pinned=()))
+        for file in choose_files(source, sizes[source.name]):
+            if (size := source.text_bytes(file)) > room:
+                tasks.append([])
+                room = _TASK_BYTES[1]
+            part = {"kind": "hub", "split": None, "source": described, "file": asdict(file), "size": int(size)}
+            tasks[-1].append(part)
+            room -= size
+    return tasks
 
 
 def _local_parts(files: list[Path], root: Path, log: Callable[[str], None]) -> list[list[dict[str, Any]]]:

@@ -14,10 +14,11 @@ from cognica_poe.data.documents import Document, text_problem
 from cognica_poe.data.engine.job import Job, Made, Outputs, Stage, Values
 from cognica_poe.data.engine.keys import Keys, write_arrays
 from cognica_poe.data.engine.texts import DocumentWriter
-from cognica_poe.data.mixes import PYTHON_DOCS, Source
+from cognica_poe.data.mixes import PYTHON_DOCS, PinnedFile, Source
 from cognica_poe.data.sources import python_docs
-from cognica_poe.data.sources.hub import read_source
+from cognica_poe.data.sources.hub import fetch
 from cognica_poe.data.sources.local import read_file
+from cognica_poe.data.sources.records import read_pinned
 
 TEST_SPLIT = "test split"
 Drop = Callable[[str, str], None]
@@ -39,8 +40,7 @@ class Read(Stage):
 
     def parameters(self, job: Job, number: int) -> Values:
         plan = job.plan
-        from_outside = {"root": plan["root"], "mix": plan["mix"]}
-        return {"parts": plan["parts"][number], "seed": plan["options"]["seed"], **from_outside}
+        return {"parts": plan["parts"][number], "seed": plan["options"]["seed"], "root": plan["root"]}
 
     def is_current(self, job: Job, made: Made) -> bool:
         return all(
@@ -80,9 +80,9 @@ def documents_of(job: Job, part: Values, drop: Drop) -> Iterator[Document]:
     if part["kind"] == PYTHON_DOCS:
         yield from python_docs.collect()
     elif part["kind"] == "hub":
-        described, seed = job.plan["mix"]["sources"][part["source"]], job.plan["options"]["seed"]
-        source = TypeAdapter(Source).validate_json(json.dumps(described))
-        yield from read_source(source, part["bytes"], seed, lambda reason: drop(reason, source.name))
+        source = TypeAdapter(Source).validate_json(json.dumps(part["source"]))
+        pinned = PinnedFile(**part["file"])
+        yield from read_pinned(source, pinned, fetch(source, pinned), lambda reason: drop(reason, source.name))
     else:
         groups = (part["groups"][0], part["groups"][1]) if "groups" in part else None
         yield from read_file(_path(job, part), Path(job.plan["root"]), drop, groups, part.get("first_row", 0))

@@ -1,80 +1,164 @@
-"""A dataset of the Hugging Face Hub, streamed through ``datasets`` at a pinned revision."""
+"""Pinned files of datasets on the Hugging Face Hub, or of a mirror folder laid out as the Hub is.
+
+``HF_ENDPOINT=file:/data/mirror`` names a mirror: the file PATH of a dataset at a commit is
+``/data/mirror/datasets/ORG/NAME/resolve/COMMIT/PATH``, as in the Hub's addresses. Nothing else is asked then.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
-from typing import Any
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+from urllib.parse import unquote
 
-from cognica_poe.data.documents import Document
-from cognica_poe.data.mixes import Source
+from cognica_poe.data.mixes import PinnedFile, Source
 from cognica_poe.errors import UserError
+from cognica_poe.files import sha256_file
 
-_SHUFFLE_BUFFER = 1000
-_SPEAKERS = {"human": "user", "gpt": "assistant"}
+T = TypeVar("T")
+_WAITS = (1, 4, 16)  # seconds before another try; the client itself asks six times for a file
+Log = Callable[[str], None]
 
 
-def read_source(source: Source, max_bytes: int, seed: int, drop: Callable[[str], None]) -> Iterator[Document]:
-    """Stream a source in a seeded order until ``max_bytes`` of text. Needs ``cognica-poe[datasets]`` and a network.
+def _silent(line: str) -> None:
+    pass
 
-    A document that would go beyond that by more than a tenth is left out, and ``drop`` told the reason.
+
+def endpoint() -> str | None:
+    """Address of the Hub, where the environment names another than usual."""
+    return os.environ.get("HF_ENDPOINT") or None
+
+
+def mirror_folder() -> Path | None:
+    """The folder that stands in for the Hub, if any. Raises UserError where there is no such folder."""
+    given = endpoint() or ""
+    if not given.startswith("file:"):
+        return None
+    folder = Path(unquote(given.removeprefix("file:").removeprefix("//")))
+    if not folder.is_dir():
+        raise UserError(f"HF_ENDPOINT names the mirror {folder}, which is no folder")
+    return folder
+
+
+def fetch(source: Source, file: PinnedFile, log: Log = _silent) -> Path:
+    """Where ``file`` lies on this machine; downloaded into the Hub's cache unless it is there.
+
+    Size and sha256 are compared with the pinned ones, where it is pinned; a cached file that differs is downloaded once
+    more. Raises UserError where it cannot be had, or is another one.
     """
-    part = max_bytes / len(source.configs)
-    for number, config in enumerate(source.configs):
-        language = source.languages[number if len(source.languages) > 1 else 0]
-        reached = 0
-        for document in _read_config(source, config, language, seed):
-            if reached >= part:
-                break
-            size = len(document.text.encode("utf-8", "replace"))
-            if reached + size > 1.1 * part:
-                drop("over max_bytes")
-                continue
-            reached += size
-            yield document
+    where = f"{source.dataset}@{source.revision}:{file.path}"
+    mirror = mirror_folder()
+    if mirror is not None:
+        found = mirror / "datasets" / source.dataset / "resolve" / str(source.revision) / file.path
+        if not found.is_file():
+            raise UserError(f"source {source.name}: the mirror lacks {found}")
+        problem = _difference(found, file)
+    else:
+        found = patiently(lambda: _download(source, file.path, False), f"source {source.name}: {where}", log)
+        problem = _difference(found, file)
+        if problem:
+            found = patiently(lambda: _download(source, file.path, True), f"source {source.name}: {where}", log)
+            problem = _difference(found, file)
+    if problem:
+        raise UserError(f"source {source.name}: {where} {problem}; pin the mix again, or restore the file")
+    return found
 
 
-def _read_config(source: Source, config: str, language: str, seed: int) -> Iterator[Document]:
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise UserError(
-            f"source {source.name} is read with the datasets library, which is not installed: "
-            "pip install 'cognica-poe[datasets]'"
-        ) from error
-    where = f"{source.dataset}@{source.revision}"
-    try:
-        if source.files is None:
-            name = None if config == "default" else config
-            rows = load_dataset(source.dataset, name, split=source.split, revision=source.revision, streaming=True)
-        else:
-            builder = "parquet" if source.files.endswith(".parquet") else "json"
-            pattern = f"hf://datasets/{where}/{source.files.format(config=config)}"
-            rows = load_dataset(builder, data_files={source.split: pattern}, split=source.split, streaming=True)
-        for number, row in enumerate(rows.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)):
-            if source.text_column not in row:
-                raise UserError(f"source {source.name}: no column {source.text_column!r} (columns: {', '.join(row)})")
-            part = row[source.id_column] if source.id_column else f"{config}-{number}"
-            yield Document(as_text(row[source.text_column]), source.name, language, f"{where}#{part}")
-    except (OSError, ValueError, RuntimeError) as error:  # connection errors and hub refusals are OSError
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"cannot read source {source.name} ({where}): {reason}; check the network, the id and your access rights"
-        ) from error
+def _difference(found: Path, file: PinnedFile) -> str | None:
+    if not file.sha256:
+        return None
+    size = found.stat().st_size
+    if size != file.size:
+        return f"has {size:,} bytes, pinned are {file.size:,}"
+    digest = sha256_file(found)
+    return None if digest == file.sha256 else f"is not the file that was pinned (sha256 {digest[:12]}...)"
 
 
-def as_text(value: Any) -> str:
-    """A text column as it is; a conversation (turns as strings or role/content objects) as ``Role: words`` blocks."""
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        return "" if value is None else json.dumps(value, ensure_ascii=False)
-    blocks = []
-    for number, turn in enumerate(value):
-        if isinstance(turn, dict):
-            role = str(turn.get("role") or turn.get("from") or "user")
-            words = turn.get("content") or turn.get("value") or ""
-        else:
-            role, words = ("user", "assistant")[number % 2], turn
-        blocks.append(f"{_SPEAKERS.get(role, role).capitalize()}: {str(words).strip()}")
-    return "\n\n".join(blocks)
+def _download(source: Source, path: str, force: bool) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    return Path(
+        hf_hub_download(
+            source.dataset,
+            path,
+            repo_type="dataset",
+            revision=source.revision,
+            endpoint=endpoint(),
+            force_download=force,
+        )
+    )
+
+
+def patiently(call: Callable[[], T], what: str, log: Log = _silent) -> T:
+    """The result of ``call``, which asks the Hub about ``what``; tried four times, with 1, 4 and 16 s in between.
+
+    Raises UserError: at once for what another try cannot change (no such thing, no access, a full disk), else for the
+    last failure.
+    """
+    from huggingface_hub.utils import disable_progress_bars, logging
+
+    disable_progress_bars()  # of several processes at once
+    logging.set_verbosity_error()  # what is tried again is said here
+    waits = list(_WAITS)
+    while True:
+        try:
+            return call()
+        except Exception as error:
+            refusal = _refusal(error, what)
+            if refusal is None and not _is_transport(error):
+                raise
+            if refusal or not waits:
+                raise UserError(
+                    refusal or f"{what} cannot be had: {_line(error)}; check the network and go on"
+                ) from error
+            wait = waits.pop(0)
+            log(f"data: {what}: {_line(error)}; trying again in {wait} s")
+            time.sleep(wait)
+
+
+def _refusal(error: Exception, what: str) -> str | None:
+    """What is final about a failure; None where another try may help."""
+    import errno
+
+    from huggingface_hub import constants
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    if isinstance(error, GatedRepoError):
+        return f"{what} asks for consent to its terms: give it on the dataset's page and set HF_TOKEN"
+    if isinstance(error, RepositoryNotFoundError):
+        return f"{what} is not on the Hub, or not for you: check the id, or set HF_TOKEN"
+    if isinstance(error, RevisionNotFoundError):
+        return f"{what}: the Hub knows no such revision any more; pin the mix again"
+    if isinstance(error, LocalEntryNotFoundError):
+        if isinstance(error.__cause__, HfHubHTTPError):
+            return _refusal(error.__cause__, what)
+        return f"{what} is not in the cache, and HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else None
+    if isinstance(error, EntryNotFoundError):
+        return f"{what} is not on the Hub any more; pin the mix again"
+    if isinstance(error, HFValidationError):
+        return f"{what}: {_line(error)}"
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code if error.response is not None else 500
+        return None if status >= 500 or status in (408, 429) else f"{what} is refused: {_line(error)}"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        return f"{what} cannot be kept: {error.strerror}; set HF_HOME to a disk with room"
+    return None
+
+
+def _is_transport(error: Exception) -> bool:
+    """Whether a failure is one of the connection or of the server."""
+    return isinstance(error, OSError) or type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore")
+
+
+def _line(error: Exception) -> str:
+    return next(filter(None, str(error).splitlines()), type(error).__name__)[:160]

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from cognica_poe.data.documents import Document
+from cognica_poe.data.sources.records import NOT_UTF8, column_values
 from cognica_poe.errors import UserError
 from cognica_poe.files import parse_json
 
 ROW_FILES = (".parquet", ".jsonl")
 """Endings of files that hold a document per row."""
-TEXT_FILES = (".txt", ".md", ".py")
+PROSE_FILES = (".txt", ".md")
+"""Endings of files of prose."""
+TEXT_FILES = (*PROSE_FILES, ".py")
 """Endings of files that are a document each."""
 _COLUMNS = ("text", "source", "language", "origin", "group")
-_SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(("val", "validation", "valid", "dev", "eval"), "val")
+_SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"} | dict.fromkeys(
+    ("val", "validation", "valid", "dev", "eval"), "val"
+)
 _SPLIT_NAME = re.compile(  # x-val, train_3, and as the Hub names its files: test-00000-of-00001[-0123456789abcdef]
     rf"(?:^|[-_.])({'|'.join(_SPLITS)})(?:[-_.]\d+(?:-of-\d+(?:-[0-9a-f]{{16}})?)?)?$"
 )
+_ENDING = re.compile(r"(\.(parquet|jsonl|json|txt|md|zst|gz))+$", re.I)
 UNKNOWN_LANGUAGE = "und"
 """ISO 639-2: undetermined."""
 
@@ -49,18 +57,42 @@ def local_files(path: Path) -> list[Path]:
     raise UserError(f"folder {path} holds no supported files; supported are {', '.join(ROW_FILES + TEXT_FILES)}")
 
 
-def explicit_split(file: Path, root: Path) -> str | None:
+def named_split(path: str) -> str | None:
     """``train``, ``val`` or ``test`` where the name of a file of rows says so, else its nearest folder so named.
 
     Names end in the split, a shard number may follow: ``x-val.parquet``, ``test-00000-of-00001.parquet``; ``dev``,
-    ``valid``, ``eval`` and ``validation`` are ``val`` too. Text files are told apart by folders alone, and only where
-    ``root`` has a folder ``train``: a folder ``test`` among sources is code like any other. Else None.
+    ``valid``, ``eval`` and ``validation`` are ``val`` too; a folder may read ``split=test``. Else None.
     """
-    folders = file.relative_to(root).parts[:-1] if root.is_dir() else ()
+    *folders, name = path.split("/")
+    found = _SPLIT_NAME.search(_ENDING.sub("", name))
+    if found:
+        return _SPLITS[found[1]]
+    return next((_SPLITS[each] for each in (f.removeprefix("split=") for f in folders[::-1]) if each in _SPLITS), None)
+
+
+def explicit_split(file: Path, root: Path) -> str | None:
+    """What :func:`named_split` says of a file below ``root``; None for text files that only look like one.
+
+    Text files are told apart by folders where ``root`` has a folder ``train``, and ``.txt`` and ``.md`` files by their
+    names where one beside them is named ``train``: a folder ``test``, or a ``test.py``, is code like any other.
+    """
+    path = file.relative_to(root).as_posix() if root.is_dir() else file.name
     if file.suffix.lower() in ROW_FILES:
-        found = _SPLIT_NAME.search(file.stem)
-        return _SPLITS[found[1]] if found else next((_SPLITS[name] for name in folders[::-1] if name in _SPLITS), None)
-    return _SPLITS.get(folders[0]) if folders and (root / "train").is_dir() else None
+        return named_split(path)
+    top = path.split("/")[0]
+    if "/" in path and top in _SPLITS and (root / "train").is_dir():
+        return _SPLITS[top]
+    if file.suffix.lower() in PROSE_FILES and _has_training_text(file.parent, file.parent.stat().st_mtime_ns):
+        return named_split(file.name)
+    return None
+
+
+@lru_cache(maxsize=64)
+def _has_training_text(folder: Path, changed_ns: int) -> bool:
+    """Whether the name of a text file in ``folder``, as it was at that time, says that it is a training split."""
+    return any(
+        file.suffix.lower() in PROSE_FILES and named_split(file.name) == "train" for file in folder.glob("*train*")
+    )
 
 
 def read_file(
@@ -70,7 +102,7 @@ def read_file(
     groups: tuple[int, int] | None = None,
     first_row: int = 0,
 ) -> Iterator[Document]:
-    """Documents of one file; ``dropped(reason, source)`` counts rows without text.
+    """Documents of one file; ``dropped(reason, source)`` counts rows without text, and with text that is no UTF-8.
 
     Of a parquet file ``groups`` names the first row group to read and the one to stop before; ``first_row`` is the
     number of the first row there.
@@ -85,8 +117,9 @@ def read_file(
         return
     rows = _parquet_rows(file, groups) if kind == ".parquet" else _jsonl_rows(file)
     for number, row in enumerate(rows, first_row):
-        if row["text"] is None:
-            dropped("empty", row.get("source") or source)
+        row = {name: value for name, value in row.items() if value is not NOT_UTF8 or name == "text"}
+        if row["text"] is None or row["text"] is NOT_UTF8:
+            dropped("empty" if row["text"] is None else "not utf-8", row.get("source") or source)
             continue
         yield Document(
             row["text"],
@@ -113,7 +146,7 @@ def _read_text(file: Path) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _parquet_rows(file: Path, groups: tuple[int, int] | None) -> Iterator[dict[str, str | None]]:
+def _parquet_rows(file: Path, groups: tuple[int, int] | None) -> Iterator[dict[str, Any]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -132,13 +165,14 @@ def _parquet_rows(file: Path, groups: tuple[int, int] | None) -> Iterator[dict[s
                     raise UserError(f"column {name!r} of {file} holds {kind}, not strings; convert it")
             chosen = range(*groups) if groups else range(parquet.num_row_groups)
             for batch in parquet.iter_batches(batch_size=256, columns=known, row_groups=chosen):
-                yield from batch.to_pylist()
+                read = {name: column_values(batch.column(name)) for name in known}
+                yield from ({name: read[name][row] for name in known} for row in range(batch.num_rows))
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = (str(error).splitlines() or [""])[0]
         raise UserError(f"{file} is not a readable parquet file ({reason}); restore it or remove it") from error
 
 
-def _jsonl_rows(file: Path) -> Iterator[dict[str, str | None]]:
+def _jsonl_rows(file: Path) -> Iterator[dict[str, Any]]:
     with open(file, "rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():

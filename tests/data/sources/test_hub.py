@@ -1,7 +1,11 @@
+"""Pinning and reading datasets of a Hub: a server on this machine stands for it, or a folder laid out as it is."""
+
 import dataclasses
+import hashlib
+import json
 import re
-import sys
-import types
+import shutil
+import time
 
 import pytest
 
@@ -9,141 +13,237 @@ from cognica_poe import pipeline
 from cognica_poe.cli.main import main
 from cognica_poe.data.build import build
 from cognica_poe.data.manifest import load_manifest, read_documents
-from cognica_poe.data.mixes import FRONTIER_V1, MIXES, load_mix, save_mix
-from cognica_poe.data.sources.hub import as_text
+from cognica_poe.data.mixes import MIXES, load_mix, save_mix
+from cognica_poe.data.sources import hub as hub_source
 from cognica_poe.errors import UserError
 from cognica_poe.recipe.named import RECIPES
-from tests.data.corpora import PIN, pair_of_sources, texts
+from tests.data.corpora import PIN, pair_of_datasets, pair_of_sources, write_mirror
+from tests.data.fake_datasets import FakeDatasets
 
-
-class Stream(list):
-    """What ``load_dataset(streaming=True)`` gives."""
-
-    def shuffle(self, seed, buffer_size):
-        return self
+SIZE = 20_000
 
 
 @pytest.fixture
-def hub(monkeypatch):
-    """A ``datasets`` module that serves made-up rows and notes how it was asked."""
-    calls = []
+def hub(monkeypatch, tmp_path):
+    """A server with both datasets; the client's cache is empty, and it waits milliseconds between tries."""
+    from huggingface_hub import constants
 
-    def load_dataset(path, name=None, **options):
-        calls.append((path, name, options))
-        if path == "org/gone":
-            raise ConnectionError("could not reach the hub\nsecond line")
-        if path == "org/chats":
-            return Stream({"data": [f"{text}", "Indeed."]} for text in texts(300, 30, seed=1))
-        return Stream({"text": text, "id": f"id{i}"} for i, text in enumerate(texts(300, 30, seed=2)))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(time, "sleep", lambda seconds, sleep=time.sleep: sleep(min(seconds, 0.001)))
+    server = FakeDatasets()
+    for dataset, files in pair_of_datasets().items():
+        server.add(dataset, files)
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    yield server
+    server.close()
 
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    return calls
+
+@pytest.fixture
+def unpinned(tmp_path):
+    """A file of the mix that names no revision."""
+    mix = pair_of_sources(revision=None)
+    mix = dataclasses.replace(mix, sources=(mix.sources[0], dataclasses.replace(mix.sources[1], revision=None)))
+    save_mix(mix, tmp_path / "mix.json")
+    return tmp_path / "mix.json"
+
+
+def pin(file, out, *words):
+    main(["data", "mix", "pin", str(file), "--out", str(out), *words])
+    return load_mix(out)
+
+
+def test_pinning_names_commit_files_sizes_and_sha256(hub, unpinned, tmp_path, capsys):
+    mix = pin(unpinned, tmp_path / "pinned.json")
+    for source in mix.sources:
+        commit, files = hub.datasets[source.dataset]
+        assert source.revision == commit
+        assert {(file.path, file.size, file.sha256) for file in source.pinned} == {
+            (path, len(data), hashlib.sha256(data).hexdigest()) for path, data in files.items() if "train" in path
+        }
+    assert mix.bytes is None and "web: org/web@" in capsys.readouterr().err
+    main(["data", "mix", "show", str(tmp_path / "pinned.json")])
+    shown = capsys.readouterr().out
+    assert hub.datasets["org/web"][0][:12] in shown and "75.0 %" in shown and "CC0-1.0" in shown
+
+
+def test_a_size_decides_how_many_files_are_named(hub, unpinned, tmp_path):
+    everything = pin(unpinned, tmp_path / "all.json")
+    mix = pin(unpinned, tmp_path / "some.json", "--bytes", str(SIZE // 4))
+    assert mix.bytes == SIZE // 4
+    assert 0 < len(mix.sources[0].pinned) < len(everything.sources[0].pinned)
+    assert set(mix.sources[0].pinned) < set(everything.sources[0].pinned)
+    by_tokens = pin(unpinned, tmp_path / "tokens.json", "--tokens", "1000")
+    assert by_tokens.bytes == pytest.approx(4200, abs=1)
+
+
+def test_a_build_reaches_the_shares_and_names_every_place(hub, unpinned, tmp_path):
+    mix = pin(unpinned, tmp_path / "pinned.json", "--bytes", str(SIZE))
+    manifest = build(tmp_path / "pinned.json", tmp_path / "out", val_min_bytes=1000)
+    web, chats = manifest.sources
+    assert web.share_reached == pytest.approx(0.75, abs=0.01) and chats.share_reached == pytest.approx(0.25, abs=0.01)
+    assert 0.97 * SIZE < manifest.bytes <= SIZE
+    assert (web.dataset, web.revision, web.licence) == ("org/web", mix.sources[0].revision, "MIT")
+    found = list(read_documents(tmp_path / "out", "train"))
+    pattern = re.compile(rf"org/web@{web.revision}:data/train-0000\d-of-00003.parquet#\d+ id\d-\d+")
+    assert all(pattern.fullmatch(document.origin) for document in found if document.source == "web")
+    assert any(d.text.startswith("User: ") and d.text.endswith("\n\nAssistant: Indeed.") for d in found)
+    assert not any("test" in path or "valid" in path for path in hub.asked)
+    assert manifest.read == manifest.documents + sum(manifest.dropped.values())
+
+
+def test_a_mirror_stands_for_the_hub(hub, unpinned, tmp_path, monkeypatch):
+    pin(unpinned, tmp_path / "online.json", "--bytes", str(SIZE))
+    build(tmp_path / "online.json", tmp_path / "online", val_min_bytes=1000)
+    for dataset, files in pair_of_datasets().items():
+        write_mirror(tmp_path / "mirror", {dataset: files}, hub.datasets[dataset][0])
+    monkeypatch.setenv("HF_ENDPOINT", f"file:{tmp_path / 'mirror'}")
+    asked = len(hub.asked)
+    assert pin(unpinned, tmp_path / "offline.json", "--bytes", str(SIZE)) == load_mix(tmp_path / "online.json")
+    build(tmp_path / "offline.json", tmp_path / "offline", val_min_bytes=1000)
+    assert load_manifest(tmp_path / "offline").sha256 == load_manifest(tmp_path / "online").sha256
+    assert len(hub.asked) == asked
+
+
+def test_a_server_that_fails_for_a_while_is_asked_again(hub, unpinned, tmp_path, capsys):
+    hub.failing = 2
+    mix = pin(unpinned, tmp_path / "pinned.json")
+    assert "trying again in 1 s" in capsys.readouterr().err
+    hub.failing, hub.cut = 1, {file.path: 2 for file in mix.sources[0].pinned}
+    build(tmp_path / "pinned.json", tmp_path / "out", val_min_bytes=1000, max_bytes=SIZE)
+    assert (tmp_path / "out" / "manifest.json").is_file()
+
+
+def test_the_waits_grow(monkeypatch):
+    waits = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+
+    def fail():
+        raise ConnectionError("reset")
+
+    with pytest.raises(UserError, match="it cannot be had: reset; check the network"):
+        hub_source.patiently(fail, "it")
+    assert waits == [1, 4, 16]
+    with pytest.raises(ZeroDivisionError):
+        hub_source.patiently(lambda: 1 / 0, "it")
+
+
+def test_a_source_that_fails_in_the_middle_is_read_on_later(hub, unpinned, tmp_path):
+    mix = pin(unpinned, tmp_path / "pinned.json")
+    good = pair_of_datasets()["org/chats"]
+    shutil.rmtree(tmp_path / "cache")  # pinning has read what has no sha256 on the Hub
+    hub.datasets["org/chats"] = (mix.sources[1].revision, {})
+    with pytest.raises(UserError, match=r"source chats: org/chats@.*is not on the Hub any more; pin the mix again"):
+        build(tmp_path / "pinned.json", tmp_path / "out", val_min_bytes=1000, max_bytes=SIZE)
+    assert not (tmp_path / "out").exists()
+    hub.datasets["org/chats"] = (mix.sources[1].revision, good)
+    hub.asked.clear()
+    build(tmp_path / "pinned.json", tmp_path / "out", val_min_bytes=1000, max_bytes=SIZE)
+    assert not any("org/web" in path for path in hub.asked), "what was done is not read again"
+
+
+def other_content(hub, mix):
+    files = {path: data[:-5] + b"12345" for path, data in hub.datasets["org/web"][1].items()}
+    hub.datasets["org/web"] = (mix.sources[0].revision, files)
+
+
+def other_length(hub, mix):
+    files = {path: data + b"more" for path, data in hub.datasets["org/web"][1].items()}
+    hub.datasets["org/web"] = (mix.sources[0].revision, files)
+
+
+FAULTS = {
+    "the Hub knows no such revision any more": lambda hub, mix: hub.add("org/web", {"data/train-x.parquet": b"x"}),
+    "is not the file that was pinned": other_content,
+    "bytes, pinned are": other_length,
+    "is not on the Hub, or not for you": lambda hub, mix: hub.datasets.pop("org/web"),
+    "asks for consent to its terms": lambda hub, mix: hub.refused.update({"org/web": (403, "GatedRepo")}),
+    "cannot be had": lambda hub, mix: hub.refused.update({"org/web": (500, "")}),
+    "is refused": lambda hub, mix: hub.refused.update({"org/web": (418, "")}),
+    "cannot be had: ": lambda hub, mix: hub.cut.update({file.path: 100 for file in mix.sources[0].pinned}),
+}
+
+
+@pytest.mark.parametrize("message", FAULTS)
+def test_what_the_hub_does_not_give_is_said_in_one_line(message, hub, unpinned, tmp_path):
+    mix = pin(unpinned, tmp_path / "pinned.json")
+    FAULTS[message](hub, mix)
+    with pytest.raises(UserError, match=message) as refused:
+        build(tmp_path / "pinned.json", tmp_path / "out", val_min_bytes=1000, max_bytes=SIZE)
+    assert "\n" not in str(refused.value) and "source web" in str(refused.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_pinning_that_cannot_be(hub, unpinned, tmp_path, monkeypatch, capsys):
+    def refused(*words):
+        with pytest.raises(SystemExit) as end:
+            pin(unpinned, tmp_path / "out.json", *words)
+        assert end.value.code == 2 and not (tmp_path / "out.json").exists()
+        return capsys.readouterr().err
+
+    assert "--tokens and --bytes are two sizes" in refused("--tokens", "5", "--bytes", "5")
+    hub.add("org/web", {"README.md": b"x", "test.parquet": b"y"})
+    assert "has no data file 'data/*.parquet' for default" in refused()
+    hub.datasets.pop("org/web")
+    assert "source web: org/web is not on the Hub, or not for you" in refused()
+    monkeypatch.setenv("HF_ENDPOINT", f"file:{tmp_path / 'nowhere'}")
+    assert "which is no folder" in refused()
+    (tmp_path / "nowhere").mkdir()
+    assert "holds 0 revisions of web" in refused()
+    write_mirror(tmp_path / "nowhere", pair_of_datasets(), "main")
+    assert "holds no folder main, a commit" in refused()
+
+
+def test_a_source_with_too_little_text_is_said(hub, unpinned, tmp_path):
+    pin(unpinned, tmp_path / "pinned.json")
+    with pytest.raises(UserError, match=r"the files of source web hold .* MB of usable text, 7\.50 MB are wanted"):
+        build(tmp_path / "pinned.json", tmp_path / "out", max_bytes=10**7)
 
 
 def test_an_unpinned_mix_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"names no revision of fineweb-edu, .*data mix frontier_v1 --out mix.json"):
+    with pytest.raises(UserError, match=r"names no revision and files of fineweb-edu, .*data mix pin frontier_v1"):
         build("frontier_v1", tmp_path / "out", max_bytes=10**6)
 
 
-def test_the_advice_about_an_unpinned_mix_works_to_the_letter(tmp_path, hub, monkeypatch, capsys):
+def test_the_advice_about_an_unpinned_mix_works_to_the_letter(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    unpinned = dataclasses.replace(pair_of_sources(revision=None), name="frontier_v1")  # of columns that ``hub`` has
-    monkeypatch.setitem(MIXES, "frontier_v1", unpinned)
+    mix = pair_of_sources(revision=None)
+    mix = dataclasses.replace(mix, sources=(mix.sources[0], dataclasses.replace(mix.sources[1], revision=None)))
+    monkeypatch.setitem(MIXES, "frontier_v1", dataclasses.replace(mix, name="frontier_v1"))
     with pytest.raises(UserError) as refused:
         build("frontier_v1", tmp_path / "out")
-    command = re.search(r"`cognica-poe (.*?)`", str(refused.value))[1]
-    main(command.split())
-    assert "of: web" in capsys.readouterr().err
-    file = tmp_path / "mix.json"
-    file.write_text(file.read_text().replace('"revision": null', f'"revision": "{PIN}"'))
+    main(re.search(r"`cognica-poe (.*?)`", str(refused.value))[1].split())
     with pytest.raises(UserError, match="pass --max-bytes"):
         build("mix.json", tmp_path / "out")
-    build("mix.json", tmp_path / "out", val_min_bytes=1000, max_bytes=200_000)
-    recipe = dataclasses.replace(RECIPES["3b"].data, mix="mix.json", max_bytes=200_000, val_min_bytes=1000)
+    recipe = dataclasses.replace(RECIPES["3b"].data, mix="mix.json", max_bytes=SIZE, val_min_bytes=1000)
     recipe = dataclasses.replace(RECIPES["tiny"], data=dataclasses.replace(recipe, tokenizer_bytes=100_000))
     recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, vocab_size=300))
     pipeline.prepare(recipe, tmp_path / "run", lambda line: None)
     assert load_manifest(tmp_path / "run" / "data").mix == "frontier_v1"
 
 
-def test_mix_files(tmp_path, hub):
-    save_mix(FRONTIER_V1, tmp_path / "m.json")
-    assert load_mix(tmp_path / "m.json") == FRONTIER_V1
-    save_mix(pair_of_sources(), tmp_path / "m.json")
-    manifest = build(tmp_path / "m.json", tmp_path / "out", val_min_bytes=1000, max_bytes=40_000)
-    assert manifest.mix == "pair"
-    web, chats = manifest.sources
-    assert (web.dataset, web.revision, web.licence, web.share_wanted) == ("org/web", PIN, "MIT", 0.75)
-    assert web.share_reached == pytest.approx(0.75, abs=0.02) and chats.share_reached == pytest.approx(0.25, abs=0.02)
-    assert 40_000 <= manifest.bytes < 41_000
-    assert hub[0] == ("org/web", None, {"split": "train", "revision": PIN, "streaming": True})
-    found = list(read_documents(tmp_path / "out", "train"))
-    assert any(d.origin.startswith(f"org/web@{PIN}#id") for d in found)
-    assert any(d.text.startswith("User: ") and d.text.endswith("\n\nAssistant: Indeed.") for d in found)
+def test_an_interrupted_pin_leaves_no_file(hub, unpinned, tmp_path):
+    hub.refused["org/chats"] = (403, "GatedRepo")
+    with pytest.raises(SystemExit):
+        pin(unpinned, tmp_path / "pinned.json")
+    assert not (tmp_path / "pinned.json").exists()
 
 
-def test_scripted_datasets_are_read_from_their_files(hub, tmp_path):
-    save_mix(
-        pair_of_sources(files="{config}/train/*.parquet", configs=("a", "b"), languages=("en", "fr")),
-        tmp_path / "m.json",
-    )
-    manifest = build(tmp_path / "m.json", tmp_path / "out", val_min_bytes=1000, max_bytes=40_000)
-    assert [call[0] for call in hub[:2]] == ["parquet", "parquet"]
-    patterns = [call[2]["data_files"]["train"] for call in hub[:2]]
-    assert patterns == [f"hf://datasets/org/web@{PIN}/{config}/train/*.parquet" for config in "ab"]
-    assert manifest.dropped["duplicate"] > 0  # both configurations serve the same rows here
+def test_a_revision_that_is_given_is_kept(hub, tmp_path):
+    commit = hub.datasets["org/web"][0]
+    mix = pair_of_sources(revision=commit)
+    chats = dataclasses.replace(mix.sources[1], revision=None)
+    save_mix(dataclasses.replace(mix, sources=(mix.sources[0], chats)), tmp_path / "mix.json")
+    assert pin(tmp_path / "mix.json", tmp_path / "pinned.json").sources[0].revision == commit
+    save_mix(dataclasses.replace(mix, sources=(pair_of_sources(revision=PIN).sources[0], chats)), tmp_path / "mix.json")
+    with pytest.raises(SystemExit):
+        pin(tmp_path / "mix.json", tmp_path / "other.json")
 
 
-def test_a_text_larger_than_the_size_is_left_out_and_counted(tmp_path, hub, monkeypatch):
-    save_mix(pair_of_sources(), tmp_path / "m.json")
-    plain = build(tmp_path / "m.json", tmp_path / "plain", val_min_bytes=1000, max_bytes=40_000)
-    serve = sys.modules["datasets"].load_dataset
+def test_show_as_json(capsys):
+    main(["data", "mix", "show", "frontier_v1", "--tokens", "1000000", "--json"])
 
-    def with_a_giant(path, name=None, **options):
-        giant = {"text": "word " * 100_000, "id": "giant"} if path == "org/web" else {"data": ["word " * 100_000]}
-        return Stream([giant, *serve(path, name, **options)])
-
-    monkeypatch.setattr(sys.modules["datasets"], "load_dataset", with_a_giant)
-    manifest = build(tmp_path / "m.json", tmp_path / "out", val_min_bytes=1000, max_bytes=40_000)
-    assert manifest.dropped == {**plain.dropped, "over max_bytes": 2}
-    assert (manifest.documents, manifest.bytes) == (plain.documents, plain.bytes)
-
-
-def test_a_hub_mix_needs_a_size(tmp_path, hub):
-    save_mix(pair_of_sources(), tmp_path / "m.json")
-    with pytest.raises(UserError, match="needs a size: pass --max-bytes"):
-        build(tmp_path / "m.json", tmp_path / "out")
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"dataset": "org/gone"}, "cannot read source web .org/gone@0123.*could not reach the hub; check the network"),
-        ({"text_column": "body"}, "no column 'body' .columns: text, id."),
-    ],
-)
-def test_hub_failures(changes, message, tmp_path, hub):
-    save_mix(pair_of_sources(**changes), tmp_path / "m.json")
-    with pytest.raises(UserError, match=message):
-        build(tmp_path / "m.json", tmp_path / "out", max_bytes=40_000)
-    assert not (tmp_path / "out").exists()
-
-
-def test_without_the_datasets_library(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    save_mix(pair_of_sources(), tmp_path / "m.json")
-    with pytest.raises(UserError, match=r"pip install 'cognica-poe\[datasets\]'"):
-        build(tmp_path / "m.json", tmp_path / "out", max_bytes=40_000)
-
-
-def test_conversations_become_text():
-    assert as_text("plain") == "plain"
-    assert as_text(["Hi", " Hello "]) == "User: Hi\n\nAssistant: Hello"
-    turns = [
-        {"from": "system", "value": "Be kind."},
-        {"from": "human", "value": "Hi"},
-        {"from": "gpt", "value": "Hello"},
-    ]
-    assert as_text(turns) == "System: Be kind.\n\nUser: Hi\n\nAssistant: Hello"
-    assert as_text([{"role": "user", "content": "Hi"}]) == "User: Hi"
-    assert as_text(None) == ""
+    said = json.loads(capsys.readouterr().out)
+    assert len(said["sources"]) == 11 and said["sources"][0]["bytes"] == 0.335e6 * 4.38
