@@ -146,6 +146,6 @@ def history_text(held: Mapping[str, Any]) -> str:
     cost = "" if spent is None else f" It took {percent(spent, 2)} of the training's time."
     return (
         f"Bits per byte on one fixed slice of held-out text ({count(held.get('documents'))} pieces, "
-        f"{count(held.get('bytes'))} bytes), measured while training; no intervals, and no figure of the tables "
-        f"above.{cost}"
+        f"{count(held.get('bytes'))} bytes), measured while training, without intervals; the tables of released steps "
+        f"stand on their own slice.{cost}"
     )
