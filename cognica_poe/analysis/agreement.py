@@ -104,7 +104,7 @@ def _differences(
     trials = np.bincount(owner).astype(np.float64)
     for factor in _FACTORS:
         stages = leaving(margin, factor * bounds)
-        events = np.bincount(owner, weights=~_agreeing(agrees, stages), minlength=len(trials))
+        events = np.bincount(owner, weights=~_agreeing(agrees, stages), minlength=len(trials)).astype(np.float64)
         yield float(factor), events, trials
 
 
@@ -136,6 +136,6 @@ def _tested(
         stages[mine] = leaving(positions.margin[:, mine], theirs)
     right = _agreeing(positions.agrees, stages)
     trials = np.bincount(units).astype(np.float64)
-    low = 1.0 - upper_limit(np.bincount(units, weights=~right), trials, CONFIDENCE)
+    low = 1.0 - upper_limit(np.bincount(units, weights=~right).astype(np.float64), trials, CONFIDENCE)
     shares = np.bincount(stages, minlength=len(positions.margin) + 1) / len(stages)
     return ExitRule(stated, margins, shares.tolist(), float(right.mean()), low)

@@ -120,14 +120,14 @@ def analyze(
         "baseline": dict(baseline) if baseline is not None else None,
         "validation": _validation(part, result),
         "probes": [asdict(probe) for probe in probes],
-        "seconds": time.perf_counter() - started,
         "versions": _versions(),
     }
     record = AnalysisRecord.model_validate(fields)
-    drafts = np.array(speculative.by_prompt, dtype=np.int64).T if speculative.by_prompt else None
-    units = part.units if part.owners else None
-    record._sums = Sums(result.sums, count_positions(result.positions), drafts, units)
-    log(f"step {step}: {record.bpb.full:.4f} bits per byte ({record.path} path) in {record.seconds:.1f} s")
+    by_prompt = np.array(speculative.by_prompt, dtype=np.int64).T if speculative.by_prompt else None
+    together = part.units if part.owners else None
+    record._sums = Sums(result.sums, count_positions(result.positions), by_prompt, together)
+    spent = time.perf_counter() - started
+    log(f"step {step}: {record.bpb.full:.4f} bits per byte ({record.path} path) in {spent:.1f} s")
     return record
 
 

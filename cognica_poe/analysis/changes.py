@@ -139,8 +139,10 @@ def _apart(before: Mapping[str, Any], record: Mapping[str, Any], sums: Mapping[i
 
 
 def _same_units(one: Sums, other: Sums) -> bool:
-    units = [np.arange(len(some.documents.bytes)) if some.units is None else some.units for some in (one, other)]
-    return np.array_equal(*units)
+    first, second = (
+        np.arange(len(some.documents.bytes)) if some.units is None else some.units for some in (one, other)
+    )
+    return np.array_equal(first, second)
 
 
 def _same_drafts(before: Mapping[str, Any], record: Mapping[str, Any]) -> bool:

@@ -174,7 +174,7 @@ def _repeats(
              for row, length in enumerate(lengths)]  # fmt: skip  # padded on the right: nothing reads what follows it
     places = torch.tensor(lengths, device=device)[:, None] - 1 + torch.arange(new_tokens, device=device)
     rows = max(1, _LOGITS_BYTES // (4 * model.config.vocab_size * out.shape[1]))
-    parts = zip(torch.stack(whole).split(rows), places.split(rows), strict=True)
+    parts = zip(torch.split(torch.stack(whole), rows), torch.split(places, rows), strict=True)
     best = [model.forward_stage(part, stage).argmax(dim=-1).gather(1, place) for part, place in parts]
     repeats: NDArray[np.bool_] = (torch.cat(best) == text).cpu().numpy()
     return repeats

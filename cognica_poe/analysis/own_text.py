@@ -108,7 +108,7 @@ def other_model(name: str, device: torch.device) -> tuple[Any, Any]:
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"no causal language model can be loaded from {name}: {reason}") from error
-    return model.to(device).eval(), tokenizer
+    return model.to(device).eval(), tokenizer  # type: ignore[arg-type]  # transformers hides the signature
 
 
 @torch.no_grad()

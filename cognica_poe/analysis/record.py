@@ -74,7 +74,8 @@ class AnalysisRecord(Part):
     baseline: Baseline | None
     validation: Validation
     probes: list[Probe]
-    seconds: Annotated[float, Field(ge=0.0)]
+    seconds: Annotated[float, Field(ge=0.0)] | None = None
+    """How long it took, in records of earlier versions: what is measured twice has the same bytes."""
     versions: dict[str, str]
     made_from: MadeFrom | None = None
     documents_sha256: Sha256 | None = None
@@ -107,8 +108,8 @@ class AnalysisRecord(Part):
         for gap, other in zip([*self.gaps.stage, *self.gaps.prefix], others, strict=True):
             _require(math.isclose(gap.value, self.bpb.full - other, abs_tol=1e-9), "gaps and bpb disagree")
             _require(gap.low <= gap.high, "a gap has low above high")
-        for length in self.drafts.lengths if self.drafts else ():
-            _require(length.accepted <= length.proposed, f"more drafts of {length.k_draft} accepted than proposed")
+        for drafts in self.drafts.lengths if self.drafts else ():
+            _require(drafts.accepted <= drafts.proposed, f"more drafts of {drafts.k_draft} accepted than proposed")
         _require(self.speculative.accepted <= self.speculative.proposed, "more drafts accepted than proposed")
         for some in (self.intervals, self.accuracy_intervals):
             for low, high in [some.full, *some.stage, *some.prefix, some.plain]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from cognica_poe.analysis.conditions import evaluation_mode
+from cognica_poe.analysis.conditions import evaluation_mode, one_thread
 from cognica_poe.analysis.probes import PROBES
 from cognica_poe.bench.decoding import Settings, time_contenders
 
@@ -63,7 +64,9 @@ def measure_speeds(
     model.config = copy.deepcopy(config)
     model.config.poe_wand_p99_bounds_per_stage_head = list(bounds)
     try:
-        with evaluation_mode(model):
+        # As generate() runs: for steps of a small model a second thread costs more than it brings.
+        small = device.type == "cpu" and config.hidden_size <= 512
+        with evaluation_mode(model), one_thread() if small else contextlib.nullcontext():
             found = time_contenders(model, prompts, settings, False, log)
     finally:
         model.config = config

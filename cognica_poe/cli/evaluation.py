@@ -50,9 +50,9 @@ def bpb(
         change = own_text.difference(sums.nats["full"], nats, part, sums)
     about = {"bytes": part.bytes, "texts": len(part.texts), "unit": part.unit, "sha256": part.sha256}
     if json:
-        rows = [dataclasses.asdict(figure) for figure in figures]
+        shown = [dataclasses.asdict(figure) for figure in figures]
         paired = dataclasses.asdict(change) if change else None
-        return print_json({**about, "figures": rows, "full_minus_against": paired})
+        return print_json({**about, "figures": shown, "full_minus_against": paired})
     rows = [[item.name, item.bpb, item.low, item.high, item.accuracy] for item in figures]
     columns = ["path", "bits per byte", "low", "high", "accuracy"]
     print_table(f"{part.bytes:,} bytes in {len(part.texts)} {part.unit}s, 95 % intervals", columns, rows)

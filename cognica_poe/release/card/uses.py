@@ -52,7 +52,7 @@ def _rule(name: str, margins: list[float] | None, found: Mapping[str, Any], spee
     exits = found.get("exit_fraction") or [None] * stages
     return [
         name,
-        *(number(margin, 3) for margin in margins or [None] * (stages - 1)),
+        *(number(margins[k] if margins else None, 3) for k in range(stages - 1)),
         *(percent(part) for part in exits),
         percent(found.get("agreement"), 2),
         percent(found.get("low"), 2),
