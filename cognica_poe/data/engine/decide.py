@@ -10,13 +10,14 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
+from cognica_poe.data.cleaning.rules import DUPLICATE, NEAR_DUPLICATE
 from cognica_poe.data.engine.groups import Column, Groups, assign_splits, find_groups
 from cognica_poe.data.engine.job import Job, Outputs, Stage, Values
 from cognica_poe.data.engine.keys import as_unit, read_array
 from cognica_poe.errors import UserError
 
-DUPLICATE, OVER = -1, -2
-REASONS = {DUPLICATE: "duplicate", OVER: "over max_bytes"}
+_DUPLICATE, _OVER, _NEAR = -1, -2, -3
+REASONS = {_DUPLICATE: DUPLICATE, _OVER: "over max_bytes", _NEAR: NEAR_DUPLICATE}
 """Why a document goes nowhere, by the number that stands in the place of a shard's."""
 _ENOUGH = 0.995  # of the text wanted of a source: a share of a third is reached within 0.2 points then
 Columns = dict[str, Column]
@@ -43,7 +44,7 @@ class Decide(Stage):
         return {**{name: options[name] for name in names}, "sizes": job.plan["sizes"], "given": job.plan["given"]}
 
     def needs(self, job: Job, number: int) -> Iterable[tuple[str, int]]:
-        return [(stage, i) for stage in ("read", "duplicates") for i in range(job.count(stage))]
+        return [(stage, i) for stage in ("read", "duplicates", "near") for i in range(job.count(stage))]
 
     def work(self, job: Job, number: int, out: Outputs) -> Values:
         columns, borders, names = _load(job)
@@ -52,7 +53,8 @@ class Decide(Stage):
             raise UserError(f"{job.plan['given']} holds no text at all; nothing was built")
         gone = [read_array(job.output("duplicates", i, ".npz"), "later") for i in range(job.count("duplicates"))]
         keep = np.ones(total, dtype=bool)
-        keep[np.concatenate(gone)] = False
+        near = read_array(job.output("near", 0, ".npz"), "later")
+        keep[np.concatenate([*gone, near])] = False
         kept = {name: column[keep] for name, column in columns.items()}
         groups = find_groups(*(kept[name] for name in ("group", "sample", "given", "source", "size")))
         options = job.plan["options"]
@@ -64,10 +66,11 @@ class Decide(Stage):
             raise UserError(f"{job.plan['given']}: {error}") from error
         sizes, unit = kept["size"].astype(np.int64), as_unit(kept["shard"])
         size, shard_bytes = int(sizes.sum()), options["shard_bytes"]
-        shards, held = (max(1, math.ceil(n / shard_bytes)) for n in (size, int(sizes[split == 1].sum())))
+        shards, held = (max(1, math.ceil(int(sizes[split == side].sum()) / shard_bytes)) for side in (0, 1))
         training, validation = ((n * unit).astype(np.int32) for n in (shards, held))
-        target = np.full(total, DUPLICATE, dtype=np.int32)
-        target[keep] = np.where(split == 0, training, np.where(split == 1, shards + validation, OVER))
+        target = np.full(total, _DUPLICATE, dtype=np.int32)
+        target[near] = _NEAR
+        target[keep] = np.where(split == 0, training, np.where(split == 1, shards + validation, _OVER))
         with out.write(".bin") as file:
             file.write(target.tobytes())
         places = [[a, b, _sha256(target[a:b])] for a, b in itertools.pairwise(borders)]

@@ -12,15 +12,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from cognica_poe.data.cleaning.rules import Cleaning
 from cognica_poe.data.mixes import MIXES, PYTHON_DOCS, Mix, choose_files, load_mix, require_pinned, text_sizes
 from cognica_poe.data.sources.local import explicit_split, local_files
 from cognica_poe.errors import UserError
-from cognica_poe.files import require_apart
+from cognica_poe.files import require_apart, sha256_file
 
 SHARD_BYTES = 256_000_000
 """UTF-8 text of a training shard, about."""
 _TASK_BYTES = 4_000_000, 64_000_000
-_TASKS = 16  # of a corpus that is neither small nor large: enough for several processes to end together
+_STEP = 4  # between sizes of tasks: a file that changes a little should move no others to other tasks
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Options:
     seed: int = 0
     max_bytes: int | None = None
     shard_bytes: int = SHARD_BYTES
+    cleaning: Cleaning = Cleaning()
 
     def check(self) -> None:
         """Raise UserError for a value that no build can have."""
@@ -52,7 +54,7 @@ def plan_build(given: str, out: Path, options: Options, log: Callable[[str], Non
     """
     options.check()
     plan: dict[str, Any] = {"kind": "build", "given": given, "options": asdict(options), "root": None, "mix": None}
-    plan["sizes"] = None
+    plan |= {"sizes": None, "evaluation": _evaluation(options.cleaning)}
     if given == PYTHON_DOCS:
         log("data: collecting python-docs from this Python installation")
         return plan | {"name": given, "parts": [[{"kind": PYTHON_DOCS, "split": None}]]}
@@ -66,6 +68,18 @@ def plan_build(given: str, out: Path, options: Options, log: Callable[[str], Non
     require_apart(out, path)
     parts = _local_parts(local_files(path), path, log)
     return plan | {"name": path.name, "root": str(path.absolute()), "parts": parts}
+
+
+def _evaluation(cleaning: Cleaning) -> list[list[str]] | None:
+    """``[name, sha256]`` of the files of evaluation texts, below the folder that is named, or an empty name for a file.
+
+    Raises UserError for what cannot be read.
+    """
+    if cleaning.evaluation_texts is None:
+        return None
+    root = Path(cleaning.evaluation_texts)
+    files = local_files(root)
+    return [[file.relative_to(root).as_posix() if root.is_dir() else "", sha256_file(file)] for file in files]
 
 
 def mix_name(given: str) -> str | None:
@@ -106,16 +120,19 @@ def _local_parts(files: list[Path], root: Path, log: Callable[[str], None]) -> l
     tasks: list[list[dict[str, Any]]] = []
     room, least, most = 0, *_TASK_BYTES
     size = sum(map(_size, files))
-    task_bytes = min(max(size // _TASKS, least), most)
+    task_bytes = least
+    while task_bytes < most and size > 16 * task_bytes:  # enough tasks for several processes to end together
+        task_bytes *= _STEP
     for file, split in zip(files, splits, strict=True):
         name = file.relative_to(root).as_posix() if root.is_dir() else None
         side = "test" if split == "test" else ((split or "train") if given else None)
         for part, size in _divided(file, task_bytes):
-            if size > room or not tasks:
+            alone = 4 * size > task_bytes
+            if size > room or alone or not tasks:
                 tasks.append([])
                 room = task_bytes
             tasks[-1].append({"kind": "file", "split": side, "file": name, "size": size, **part})
-            room -= size
+            room -= task_bytes if alone else size
     return tasks
 
 

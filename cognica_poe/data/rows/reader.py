@@ -112,6 +112,7 @@ class Rows:
         """Of the last ``batch``."""
         self._packer: Packer | None = None
         self._last = self._dropped = 0
+        self._looked = -1  # the shard at which all that is needed ahead was found to be there
 
     @property
     def fingerprint(self) -> str:
@@ -268,22 +269,23 @@ class Rows:
             yield
             return
         with Packer(self.data_dir, self.tokenizer.folder, self.rows_dir, self.settings, self.log) as packer:
-            self._packer, self._last, self._dropped = packer, last, 0
+            self._packer, self._last, self._dropped, self._looked = packer, last, 0, -1
             try:
                 yield
             finally:
                 self._packer = None
 
     def _look_ahead(self, at: int) -> None:
-        if self._packer is None:
+        if self._packer is None or at == self._looked:
             return
         for ahead in (at + 1, at + 2):
             if self._ends[ahead - 1] >= self._last:
                 break
             if not self._packer.want(*self._named(ahead), self._fingerprint(ahead)):
-                break
+                return
             if len(self._facts) == ahead:
                 self._add_facts()
+        self._looked = at
         if self.shards > 1 and self._dropped < at - 1:
             for passed in range(self._dropped, at - 1):
                 if not self._facts[passed].lasting:

@@ -6,6 +6,7 @@ import contextlib
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -62,8 +63,7 @@ class RowSettings:
         """Numbers of the shards in the order in which an epoch reads them."""
         if self.split != "train" or (epoch == 0 and self.order == "shards"):
             return list(range(shards))
-        bits = packing.random_bits(shards, self.seed, epoch, "shards")
-        return [int(shard) for shard in np.argsort(bits, kind="stable")]
+        return _shuffled(self.seed, epoch, shards)
 
     def row_order(self, epoch: int, shard: int, rows: int) -> np.ndarray:
         """int64 [rows]: the packed rows of a shard in the order in which they are read."""
@@ -71,6 +71,12 @@ class RowSettings:
             return np.arange(rows)
         bits = packing.random_bits(rows, *packing.shard_key(self.seed, epoch, shard, "rows"))
         return np.argsort(bits, kind="stable")
+
+
+@lru_cache(maxsize=4)
+def _shuffled(seed: int, epoch: int, shards: int) -> list[int]:
+    bits = packing.random_bits(shards, seed, epoch, "shards")
+    return [int(shard) for shard in np.argsort(bits, kind="stable")]
 
 
 def pack_shard(
