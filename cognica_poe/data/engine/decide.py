@@ -55,7 +55,8 @@ class Decide(Stage):
         keep = np.ones(total, dtype=bool)
         near = read_array(job.output("near", 0, ".npz"), "later")
         keep[np.concatenate([*gone, near])] = False
-        kept = {name: column[keep] for name, column in columns.items()}
+        source = columns["source"]
+        kept = {name: columns.pop(name)[keep] for name in list(columns)}  # one copy at a time: a column may be large
         groups = find_groups(*(kept[name] for name in ("group", "sample", "given", "source", "size")))
         options = job.plan["options"]
         try:
@@ -74,7 +75,7 @@ class Decide(Stage):
         with out.write(".bin") as file:
             file.write(target.tobytes())
         places = [[a, b, _sha256(target[a:b])] for a, b in itertools.pairwise(borders)]
-        dropped = _dropped(target, columns["source"], names)
+        dropped = _dropped(target, source, names)
         return {"shards": shards, "val_shards": held, "bytes": size, "dropped": dropped, "places": places}
 
 
