@@ -35,6 +35,7 @@ from cognica_poe.release.report.plots import dig, run_plots
 from cognica_poe.release.report.probes import probes_section
 from cognica_poe.release.report.published import beside, published_section
 from cognica_poe.release.report.run_folder import RunFolder, read_run
+from cognica_poe.release.report.tasks import tasks_section
 from cognica_poe.release.text import MISSING, count, html_text, interval, number, percent
 
 
@@ -149,6 +150,7 @@ def _run_section(run: RunFolder, prefix: str) -> str:
         _series(run, prefix),
         page.subsection("Findings by checkpoint", _findings(run), f"{prefix}findings"),
         page.subsection("Probe prompts", probes_section(run.records), f"{prefix}probes"),
+        tasks_section(run.path, run.records),
         page.subsection("Load a revision", _loading(run), f"{prefix}loading"),
         _data_table(run, prefix),
         page.subsection("Settings and events", _recipe_table(run.recipe) + _events_table(run), f"{prefix}settings"),
