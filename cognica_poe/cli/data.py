@@ -6,6 +6,8 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
+import tyro
+
 from cognica_poe.cli.arguments import (
     Count,
     DataFolder,
@@ -21,7 +23,7 @@ from cognica_poe.cli.output import as_dicts, print_json, print_table
 from cognica_poe.cli.progress import log
 from cognica_poe.errors import UserError
 from cognica_poe.locks import hold_run_of
-from cognica_poe.recipe.fields import LONGEST_CONTEXT, DataRecipe, Range
+from cognica_poe.recipe.fields import LONGEST_CONTEXT, CleaningRecipe, DataRecipe, Range
 
 if TYPE_CHECKING:
     from cognica_poe.data.engine.job import Job
@@ -39,6 +41,7 @@ def build_data(
     max_bytes: Annotated[int | None, Range(1)] = DataRecipe.max_bytes,
     seed: Natural = DataRecipe.seed,
     shard_bytes: Annotated[int, Range(1, 10**9)] = DataRecipe.shard_bytes,
+    cleaning: Annotated[CleaningRecipe, tyro.conf.arg(name="")] = CleaningRecipe(),  # noqa: B008
     engine: EngineName = "local",
     workers: Workers = None,
     engine_option: tuple[str, ...] = (),
@@ -56,12 +59,14 @@ def build_data(
         max_bytes: Take a sample of this many bytes of text; a mix of Hub datasets needs it.
         seed: Seed of the split.
         shard_bytes: Text of a training shard, about.
+        cleaning: Which documents are dropped.
         engine: Who does the work: processes of this machine, or Slurm or Ray through cognica-poe[cluster].
         workers: Tasks at a time; when omitted one per processor here, all of them on a cluster.
         engine_option: Options of the cluster's executor, key=value; Slurm needs partition and time.
         plan: Only write the plan and list its tasks, for `cognica-poe data task` in any other scheduler.
     """
     from cognica_poe.data.build import build, plan_only
+    from cognica_poe.data.cleaning.rules import Cleaning
     from cognica_poe.data.engine.engines import Engine
 
     chosen = Engine.of(engine, workers, engine_option)
@@ -71,6 +76,7 @@ def build_data(
         "max_bytes": max_bytes,
         "seed": seed,
         "shard_bytes": shard_bytes,
+        "cleaning": Cleaning(**dataclasses.asdict(cleaning)),
     }
     with hold_run_of(out):
         if plan:

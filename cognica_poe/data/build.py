@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from cognica_poe.data.cleaning.rules import Cleaning
 from cognica_poe.data.engine.engines import HERE, Engine
 from cognica_poe.data.engine.job import PLAN, Job, Values, write_plan
 from cognica_poe.data.engine.local import SMALL
@@ -23,7 +24,7 @@ from cognica_poe.data.manifest import SPLITS, DataManifest, ShardRecord, SourceR
 from cognica_poe.data.mixes import PYTHON_DOCS
 from cognica_poe.data.sources import python_docs
 from cognica_poe.errors import UserError
-from cognica_poe.files import atomic_folder, require_replaceable, write_json
+from cognica_poe.files import atomic_folder, require_replaceable, require_space, write_json
 from cognica_poe.locks import hold
 from cognica_poe.seals import content_sha256
 
@@ -39,6 +40,7 @@ def build(
     seed: int = 0,
     max_bytes: int | None = None,
     shard_bytes: int = SHARD_BYTES,
+    cleaning: Cleaning = Cleaning(),  # noqa: B008
     engine: Engine = HERE,
     log: Log = lambda line: None,
 ) -> DataManifest:
@@ -47,20 +49,20 @@ def build(
     Whole documents (groups) are held out by a hash of (seed, group), the same part of every source. Files whose names
     say so keep their split (``explicit_split`` of ``data.sources.local``); test splits are left out. ``max_bytes``
     takes a sample of each source by hash; it is the size to read for Hub mixes and bounds the training part where file
-    names split; a text that would go beyond by more than a tenth is left out. Exact duplicates, and training texts that
-    repeat a validation document, are dropped and counted. ``engine`` says who does the work; the bytes are the same
-    from any.
+    names split; a text that would go beyond by more than a tenth is left out. ``cleaning`` says which documents are
+    dropped; all are counted. ``engine`` says who does the work; the bytes are the same from any.
     Raises UserError for unusable input (see ``data.sources``), too little text, or an ``out`` that holds anything but
     data of ours, or lies in what is read. What was done by then is kept beside ``out`` for the next call.
     """
     out = Path(out)
     require_replaceable(out, "data")
-    options = Options(val_fraction, val_min_bytes, seed, max_bytes, shard_bytes)
+    options = Options(val_fraction, val_min_bytes, seed, max_bytes, shard_bytes, cleaning)
     plan = plan_build(str(mix_or_path), out, options, log)
     folder = stages_folder(out)
     with hold(folder):
         job = begin(folder, plan)
         size = sum(part.get("size", 0) for parts in plan["parts"] for part in parts)
+        require_space(out, size - sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()))
         try:
             engine.run(job, log, small=size < SMALL)
             manifest = finish(job, out)
@@ -141,6 +143,7 @@ def _manifest(job: Job, shards: list[ShardRecord]) -> DataManifest:
     return DataManifest(
         mix=plan["name"],
         **{name: options[name] for name in ("seed", "val_fraction", "val_min_bytes", "max_bytes", "shard_bytes")},
+        cleaning=options["cleaning"],
         documents=documents,
         bytes=sum(shard.bytes for shard in shards),
         read=documents + by_reason.total(),
@@ -194,7 +197,7 @@ def _source_records(job: Job) -> list[SourceRecord]:
                 revision=wish.get("revision"),
                 licence=wish.get("licence") or embedded or "not stated (local files)",
                 languages=sorted(found["languages"]),
-                share_wanted=wish.get("share"),
+                share_wanted=round(plan["sizes"][name] / sum(plan["sizes"].values()), 6) if plan["sizes"] else None,
                 share_reached=round(found["bytes"].total() / total, 6),
                 documents=found["documents"].total(),
                 bytes=found["bytes"].total(),

@@ -78,6 +78,8 @@ class DataManifest(_Record):
     max_bytes: int | None
     shard_bytes: int = 256_000_000
     """UTF-8 text of a training shard, about."""
+    cleaning: dict[str, bool | int | float | str | None] = {}
+    """Which documents were dropped (``data.cleaning.rules``). Empty in manifests from before it could be said."""
     documents: int
     bytes: int
     read: int | None = None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from cognica_poe.data.engine.plan import mix_name
 from cognica_poe.data.manifest import DataManifest, load_manifest
 from cognica_poe.data.tokenizer import Tokenizer, load_tokenizer
 from cognica_poe.errors import UserError
-from cognica_poe.recipe.fields import Recipe
+from cognica_poe.recipe.fields import CleaningRecipe, Recipe
 from cognica_poe.recipe.stored import fixed_sha256
 from cognica_poe.seals import require_made_from
 from cognica_poe.training.initial import read_origin
@@ -40,6 +41,9 @@ def require_data(run: Path, recipe: Recipe) -> DataManifest:
         "max-bytes": (wanted.max_bytes, manifest.max_bytes),
         "shard-bytes": (wanted.shard_bytes, manifest.shard_bytes),
     }
+    cleaning = dataclasses.asdict(wanted.cleaning)
+    as_built = {**dataclasses.asdict(CleaningRecipe()), **manifest.cleaning}
+    settings |= {f"cleaning.{name.replace('_', '-')}": (cleaning[name], as_built.get(name)) for name in cleaning}
     for name, (expected, found) in settings.items():
         if expected != found:
             raise UserError(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cognica_poe.data.build import build
+from cognica_poe.data.cleaning.rules import Cleaning
 from cognica_poe.data.manifest import load_manifest, read_documents
 from cognica_poe.data.tokenizer import copy_tokenizer, train_tokenizer
 from cognica_poe.errors import UserError
@@ -82,6 +83,7 @@ def _build_data(options: DataRecipe, run: Path, log: Log) -> None:
         seed=options.seed,
         max_bytes=options.max_bytes,
         shard_bytes=options.shard_bytes,
+        cleaning=Cleaning(**dataclasses.asdict(options.cleaning)),
         log=log,
     )
 

@@ -75,7 +75,7 @@ def test_arguments_have_names(texts, words):
         assert not re.search(r"\b(STR|INT|FLOAT)\b|\{None\}", text)
     usage = texts[words].partition("\n\n")[0]
     for parameter in inspect.signature(COMMANDS[words]).parameters:
-        if parameter in ("settings", "cluster", "options"):  # their fields are options
+        if parameter in ("settings", "cluster", "options", "cleaning"):  # their fields are options
             continue
         text = texts[(*words, "tiny")] + usage if words in ABOUT_RECIPES else texts[words]
         named = {"recipe": "RECIPE", "run": "RUN", "runs": "RUN", "prompt": "PROMPT", "checkpoint": "CHECKPOINT"}

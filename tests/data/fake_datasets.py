@@ -87,7 +87,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._file(commit, files, rest)
         return self._reply(200, {"id": dataset, "sha": commit, "siblings": [], "tags": [], "private": False})
 
-    do_HEAD = do_GET  # noqa: N815
+    do_HEAD = do_GET
 
     def _tree(self, commit, files, dataset, query):
         start = int(query.get("cursor", ["0"])[0])

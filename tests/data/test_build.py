@@ -112,7 +112,7 @@ def test_training_text_that_repeats_validation_is_dropped(tmp_path):
     write_parquet(tmp_path / "in" / "a-train.parquet", [{"text": t} for t in (copied, inside, distant, held)])
     manifest = small(tmp_path / "in", tmp_path / "out")
     assert [d.text for d in read_documents(tmp_path / "out", "train")] == [distant]
-    assert manifest.dropped == {"duplicate": 1, "near-duplicate of validation": 2}
+    assert manifest.dropped == {"duplicate": 1, "validation text": 2}
 
 
 def test_max_bytes_takes_a_sample_of_every_source(corpus, tmp_path):

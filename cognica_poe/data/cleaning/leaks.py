@@ -52,7 +52,7 @@ class ValidationIndex:
         positions, first = self._matches(whole)
         if not len(positions):
             return False
-        if 2 * _covered(positions) >= len(whole):
+        if 2 * _covered(positions) >= len(whole) and self._is_half(whole, positions, first):
             return True
         place = np.concatenate([[0], np.cumsum(np.diff(positions) > _RUN + _GAP)])
         # What one place repeats counts once: programs repeat a phrase with other words in between.
@@ -68,6 +68,13 @@ class ValidationIndex:
             first.append(index)
         nothing = np.zeros(0, np.int64)
         return np.concatenate([nothing, *positions]), np.concatenate([nothing, *first])
+
+    @staticmethod
+    def _is_half(whole: np.ndarray, positions: np.ndarray, first: np.ndarray) -> bool:
+        """Whether half of a text is found, where what it repeats counts once: lines of one form are no copies."""
+        _, at = np.unique(first, return_index=True)
+        different = len(np.unique(runs(whole, _RUN))) + _RUN - 1
+        return 2 * _covered(np.sort(positions[at])) >= min(different, len(whole))
 
     def _holds_paragraph(self, place: np.ndarray, first: np.ndarray) -> bool:
         """Whether one place holds half of the runs of one paragraph."""

@@ -50,4 +50,5 @@ def _keys(text: str) -> np.ndarray:
         permuted += summands
         np.minimum(least, permuted.min(axis=1), out=least)
     keys = (least.reshape(BANDS, ROWS).astype(np.uint64) * rows).sum(axis=1, dtype=np.uint64)
-    return np.bitwise_xor(keys, keys >> np.uint64(31))
+    mixed: np.ndarray = keys ^ (keys >> np.uint64(31))
+    return mixed

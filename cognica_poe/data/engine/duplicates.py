@@ -25,7 +25,7 @@ class Duplicates(Stage):
         return max(1, math.ceil(documents / _RANGE))
 
     def parameters(self, job: Job, number: int) -> Values:
-        return {"ranges": self.count(job)}
+        return {"ranges": self.count(job), "exact_duplicates": job.plan["options"]["cleaning"]["exact_duplicates"]}
 
     def needs(self, job: Job, number: int) -> Iterable[tuple[str, int]]:
         return (("read", i) for i in range(job.count("read")))
@@ -44,6 +44,8 @@ class Duplicates(Stage):
         ordered = all_digests[order]
         same = (ordered[1:] == ordered[:-1]).all(axis=1)
         later = np.sort(all_places[order[1:][same]])
+        if not job.plan["options"]["cleaning"]["exact_duplicates"]:
+            later = later[:0]
         with out.write(".npz") as file:
             write_arrays(file, {"later": later})
         return {"documents": len(all_places), "later": len(later)}

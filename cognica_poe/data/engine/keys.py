@@ -10,6 +10,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cognica_poe.data.cleaning.minhash import BANDS, band_keys
 from cognica_poe.data.documents import Document, text_digest
 
 GIVEN = (None, "train", "val")
@@ -39,9 +40,10 @@ class Keys:
     _sizes: list[int] = field(default_factory=list)
     _sources: list[int] = field(default_factory=list)
     _given: list[int] = field(default_factory=list)
+    _bands: list[NDArray[np.uint64]] = field(default_factory=list)
 
-    def add(self, document: Document, size: int, split: str | None) -> None:
-        """Take a document in, of ``size`` bytes, whose file's name states ``split``."""
+    def add(self, document: Document, size: int, split: str | None, near: bool = False) -> None:
+        """Take a document in, of ``size`` bytes, whose file's name states ``split``; ``near``: with its bands."""
         group = document.group_key
         if split is not None:
             group = f"{split}\x1f{group}"  # the same origin may stand in both files
@@ -53,17 +55,26 @@ class Keys:
         self._sizes.append(size)
         self._sources.append(self.sources.setdefault(document.source, len(self.sources)))
         self._given.append(GIVEN.index(split))
+        if near:
+            self._bands.append(band_keys([document.text])[0])
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Columns by name, ``[documents]``; ``digest`` uint64 ``[documents, 2]``, the other hashes uint64."""
         digests = np.frombuffer(b"".join(self._digests), dtype=">u8").astype(np.uint64).reshape(-1, 2)
+        bands = np.array(self._bands, np.uint64).reshape(-1, BANDS)
         return {
             "digest": digests,
             **{name: np.array(numbers, dtype=np.uint64) for name, numbers in self._numbers.items()},
             "size": np.array(self._sizes, dtype=np.uint32),
             "source": np.array(self._sources, dtype=np.uint16),
             "given": np.array(self._given, dtype=np.uint8),
+            **{band_name(band): bands[:, band] for band in range(BANDS)},
         }
+
+
+def band_name(band: int) -> str:
+    """Name of the column of a band's keys, which is empty where near duplicates stay."""
+    return f"band{band}"
 
 
 def write_arrays(file: IO[bytes], arrays: dict[str, NDArray[Any]]) -> None:

@@ -8,7 +8,7 @@ stays.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ class Options:
     seed: int = 0
     max_bytes: int | None = None
     shard_bytes: int = SHARD_BYTES
-    cleaning: Cleaning = Cleaning()
+    cleaning: Cleaning = field(default_factory=Cleaning)
 
     def check(self) -> None:
         """Raise UserError for a value that no build can have."""
@@ -70,16 +70,18 @@ def plan_build(given: str, out: Path, options: Options, log: Callable[[str], Non
     return plan | {"name": path.name, "root": str(path.absolute()), "parts": parts}
 
 
-def _evaluation(cleaning: Cleaning) -> list[list[str]] | None:
-    """``[name, sha256]`` of the files of evaluation texts, below the folder that is named, or an empty name for a file.
+def _evaluation(cleaning: Cleaning) -> dict[str, Any] | None:
+    """``root`` of the evaluation texts and ``files``, ``[name, sha256]`` each; the name is empty where the root is one.
 
     Raises UserError for what cannot be read.
     """
     if cleaning.evaluation_texts is None:
         return None
-    root = Path(cleaning.evaluation_texts)
-    files = local_files(root)
-    return [[file.relative_to(root).as_posix() if root.is_dir() else "", sha256_file(file)] for file in files]
+    root = Path(cleaning.evaluation_texts).absolute()
+    files = [
+        [file.relative_to(root).as_posix() if root.is_dir() else "", sha256_file(file)] for file in local_files(root)
+    ]
+    return {"root": str(root), "files": files}
 
 
 def mix_name(given: str) -> str | None:

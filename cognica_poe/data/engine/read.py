@@ -10,7 +10,9 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from cognica_poe.data.documents import Document, text_problem
+from cognica_poe.data.cleaning.decontamination import EvaluationIndex
+from cognica_poe.data.cleaning.rules import EVALUATION_TEXT, Cleaning
+from cognica_poe.data.documents import Document
 from cognica_poe.data.engine.job import Job, Made, Outputs, Stage, Values
 from cognica_poe.data.engine.keys import Keys, write_arrays
 from cognica_poe.data.engine.texts import DocumentWriter
@@ -19,8 +21,10 @@ from cognica_poe.data.sources import python_docs
 from cognica_poe.data.sources.hub import fetch
 from cognica_poe.data.sources.local import read_file
 from cognica_poe.data.sources.records import read_pinned
+from cognica_poe.seals import require_sha256
 
 TEST_SPLIT = "test split"
+_LATER = ("exact_duplicates", "validation_leaks", "evaluation_texts")  # of other stages, or by its content
 Drop = Callable[[str, str], None]
 """Counts a document left out: its reason and its source."""
 
@@ -40,7 +44,9 @@ class Read(Stage):
 
     def parameters(self, job: Job, number: int) -> Values:
         plan = job.plan
-        return {"parts": plan["parts"][number], "seed": plan["options"]["seed"], "root": plan["root"]}
+        cleaning = {name: value for name, value in plan["options"]["cleaning"].items() if name not in _LATER}
+        of_plan = {"seed": plan["options"]["seed"], "root": plan["root"], "evaluation": plan["evaluation"]}
+        return {"parts": plan["parts"][number], "cleaning": cleaning, **of_plan}
 
     def is_current(self, job: Job, made: Made) -> bool:
         return all(
@@ -50,7 +56,8 @@ class Read(Stage):
         )
 
     def work(self, job: Job, number: int, out: Outputs) -> Values:
-        keys = Keys(job.plan["options"]["seed"])
+        keys, cleaning = Keys(job.plan["options"]["seed"]), Cleaning(**job.plan["options"]["cleaning"])
+        evaluation = evaluation_index(job.plan["evaluation"], cleaning)
         dropped: dict[str, Counter[str]] = defaultdict(Counter)
         kept, files = 0, list[Values | None]()
 
@@ -62,17 +69,31 @@ class Read(Stage):
                 is_file = part["kind"] == "file"
                 files.append({"state": _state(job, part), "sha256": _sha256(job, part)} if is_file else None)
                 for document in documents_of(job, part, drop):
-                    if problem := TEST_SPLIT if part["split"] == "test" else text_problem(document.text):
-                        drop(problem, document.source)
+                    problem = TEST_SPLIT if part["split"] == "test" else None
+                    problem = problem or cleaning.problem(document.text, document.language)
+                    if problem or (evaluation is not None and document.text in evaluation):
+                        drop(problem or EVALUATION_TEXT, document.source)
                         continue
                     size = len(document.text.encode())
-                    keys.add(document, size, part["split"])
+                    keys.add(document, size, part["split"], cleaning.near_duplicates)
                     writer.add(document, size)
                     kept += 1
         with out.write(".npz") as file:
             write_arrays(file, keys.arrays())
         left_out = {source: dict(sorted(reasons.items())) for source, reasons in sorted(dropped.items())}
         return {"kept": kept, "dropped": left_out, "sources": list(keys.sources), "files": files}
+
+
+def evaluation_index(planned: Values | None, cleaning: Cleaning) -> EvaluationIndex | None:
+    """What a plan's evaluation texts hold; None without any. Raises UserError for a file that changed since."""
+    if planned is None:
+        return None
+    root = Path(planned["root"])
+    paths = [root / name if name else root for name, _ in planned["files"]]
+    for path, (_, digest) in zip(paths, planned["files"], strict=True):
+        require_sha256(path, digest, "evaluation text", "start the build again")
+    texts = (document.text for path in paths for document in read_file(path, root, lambda reason, source: None))
+    return EvaluationIndex(texts, cleaning.evaluation_words)
 
 
 def documents_of(job: Job, part: Values, drop: Drop) -> Iterator[Document]:

@@ -13,19 +13,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cognica_poe.data.cleaning.leaks import ValidationIndex
+from cognica_poe.data.cleaning.rules import VALIDATION_TEXT
 from cognica_poe.data.documents import Document
 from cognica_poe.data.engine.decide import read_targets
 from cognica_poe.data.engine.groups import Column
 from cognica_poe.data.engine.job import Job, Outputs, Stage, Values
 from cognica_poe.data.engine.keys import read_array, write_arrays
 from cognica_poe.data.engine.texts import COLUMNS, DocumentWriter, read_batches
-from cognica_poe.data.split import NearDuplicates
 from cognica_poe.errors import UserError
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-LEAK = "near-duplicate of validation"
 _SLAB_BYTES = 128_000_000  # of text that a task holds at once
 _INDEX = {"target": np.int32, "offset": np.int64, "length": np.int64, "sum": np.uint64}
 
@@ -58,7 +58,7 @@ class Held(Stage):
 class Route(Stage):
     """A task per reading task. Writes ``.bin``, slices, and ``.npz``, the shard, place and digest of each.
 
-    Training texts too close to a validation document are left out. Counts ``dropped`` (by source and reason).
+    Training texts that hold validation text are left out. Counts ``dropped`` (by source and reason).
     """
 
     name = "route"
@@ -67,12 +67,15 @@ class Route(Stage):
     def count(self, job: Job) -> int:
         return job.count("read")
 
+    def parameters(self, job: Job, number: int) -> Values:
+        return {"validation_leaks": job.plan["options"]["cleaning"]["validation_leaks"]}
+
     def needs(self, job: Job, number: int) -> Iterable[tuple[str, int]]:
         return [("read", number), ("decide", 0), *(("held", i) for i in range(job.count("held")))]
 
     def work(self, job: Job, number: int, out: Outputs) -> Values:
         targets, first = read_targets(job, number).copy(), job.made("decide", 0).counts["shards"]
-        near, dropped = _validation(job), defaultdict[str, Counter[str]](Counter)
+        held_out, dropped = _validation(job), defaultdict[str, Counter[str]](Counter)
         order = read_array(job.output("read", number, ".npz"), "order")
         index: dict[str, list[int]] = {name: [] for name in _INDEX}
         with out.write(".bin") as file:
@@ -80,9 +83,9 @@ class Route(Stage):
                 target = targets[at : at + len(table)]
                 sources = table.column("source")
                 for place in np.flatnonzero((target >= 0) & (target < first)).tolist():
-                    if table.column("text")[place].as_py() in near:
+                    if table.column("text")[place].as_py() in held_out:
                         target[place] = -1
-                        dropped[sources[place].as_py()][LEAK] += 1
+                        dropped[sources[place].as_py()][VALIDATION_TEXT] += 1
                 for shard, data in _slices(table, order[at : at + len(table)], target):
                     where = (shard, file.tell(), len(data), _sum(data))
                     for name, value in zip(_INDEX, where, strict=True):
@@ -140,10 +143,12 @@ def read_slices(job: Job, shard: int) -> Iterator[pa.Table]:
         yield pa.ipc.open_stream(data).read_all()
 
 
-def _validation(job: Job) -> NearDuplicates:
-    """What training texts may not be close to."""
+def _validation(job: Job) -> ValidationIndex:
+    """What training texts may not hold; nothing where that is not looked for."""
+    if not job.plan["options"]["cleaning"]["validation_leaks"]:
+        return ValidationIndex([])
     files = (job.output("held", i, ".parquet") for i in range(job.count("held")))
-    return NearDuplicates(
+    return ValidationIndex(
         text for file in files for batch in read_batches(file) for text in batch.column(0).to_pylist()
     )
 

@@ -9,6 +9,7 @@ from cognica_poe.data.engine.decide import Decide
 from cognica_poe.data.engine.duplicates import Duplicates
 from cognica_poe.data.engine.gather import Gather
 from cognica_poe.data.engine.job import Job, Log, Made, Stage, read_plan
+from cognica_poe.data.engine.near import Near
 from cognica_poe.data.engine.pack import Pack
 from cognica_poe.data.engine.read import Read
 from cognica_poe.data.engine.route import Held, Route, Slices
@@ -16,7 +17,7 @@ from cognica_poe.errors import UserError
 
 
 def _build() -> tuple[Stage, ...]:
-    return Read(), Duplicates(), Decide(), Held(), Route(), Slices(), Gather()
+    return Read(), Duplicates(), Near(), Decide(), Held(), Route(), Slices(), Gather()
 
 
 def _pack() -> tuple[Stage, ...]:

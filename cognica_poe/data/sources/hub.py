@@ -100,7 +100,7 @@ def patiently(call: Callable[[], T], what: str, log: Log = _silent) -> T:
     from huggingface_hub.utils import disable_progress_bars, logging
 
     disable_progress_bars()  # of several processes at once
-    logging.set_verbosity_error()  # what is tried again is said here
+    logging.set_verbosity(logging.ERROR)  # what is tried again is said here
     waits = list(_WAITS)
     while True:
         try:

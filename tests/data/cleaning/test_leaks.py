@@ -38,3 +38,12 @@ def test_what_a_program_repeats_is_no_copy():
 
 def test_an_index_of_nothing():
     assert "anything" not in ValidationIndex([]) and "" not in ValidationIndex([])
+
+
+def test_lines_of_one_form_are_no_copies():
+    def lines(seed, count):
+        numbers = random.Random(seed).sample(range(10**12), count)
+        return "\n".join(f"the reading number {n:012d} was taken at the station" for n in numbers)
+
+    index = ValidationIndex([lines(1, 40)])
+    assert lines(2, 60) not in index and lines(1, 20) in index
