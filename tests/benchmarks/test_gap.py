@@ -50,6 +50,8 @@ def made_up(arm, seed, level, stage0=0.05, rate=0.5, noise=0.01):
     own = np.random.default_rng(100 + sum(map(ord, arm)) + seed).normal(1.0, noise, DOCUMENTS)
     nats = 1000.0 * difficulty * own * level
     paths = {"full": nats, "stage0": nats * (1 + stage0), "stage1": nats * 1.001, "plain": nats}
+    if arm == "C1":  # whose pool is worse than its deepest stage
+        paths = {"full": nats * 1.07, "stage0": nats * 1.2, "stage1": nats, "plain": nats}
     if arm in ("C0", "C2"):
         paths = {"full": nats, "stage0": nats, "plain": nats}
     return {
@@ -100,6 +102,13 @@ def test_a_good_pool_without_a_drafter_is_no_success():
     results = [made_up(arm, s, level, rate=r) for arm, level, r in (("C1", 1, 0.5), ("T1", 1.06, 0.8)) for s in (0, 1)]
     slow = Comparison([*results, *(made_up("T3", s, 1.0, rate=0.6) for s in (0, 1))], TOKENS)
     assert slow.row("T3")["verdict"] != "success"
+
+
+def test_backprop_answers_with_its_deepest_stage():
+    """Its early exits teach nothing; a pool that holds them would let every arm pass."""
+    found = comparison(C1=1.0, T1=1.06)
+    assert found.gap("T1", "C1")["value"] == pytest.approx(0.06, abs=0.01)
+    assert found.row("C1")["pool_gap"] == 0.0
 
 
 def test_without_a_gap_the_gate_is_shut():
