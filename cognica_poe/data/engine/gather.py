@@ -33,7 +33,12 @@ class Gather(Stage):
         import pyarrow.parquet as pq
 
         tables = list(read_slices(job, number))
-        table = pa.concat_tables(tables) if tables else schema().append(pa.field("order", pa.uint64())).empty_table()
+        # in one piece: taking from many pieces puts them together every time
+        table = (
+            pa.concat_tables(tables).combine_chunks()
+            if tables
+            else schema().append(pa.field("order", pa.uint64())).empty_table()
+        )
         del tables
         order = np.argsort(table.column("order").to_numpy(), kind="stable")
         table = table.drop_columns(["order"])
