@@ -1,6 +1,7 @@
 """Measurements of the data engine: python -m benchmarks.data NAME --text FOLDER --work FOLDER.
 
 pipeline: build, tokenizer and pack of a folder, by 1, 2 and 4 workers: seconds, processor seconds, memory, digests
+stages:   processor seconds of every stage of a build
 kills:    the same build ended by SIGKILL at random moments until it is done
 shards:   a build into 3,000 shards with at most 256 open files
 keys:     a build of two million short documents
@@ -18,6 +19,7 @@ from benchmarks.data import building, waiting
 
 MEASURES = {
     "pipeline": building.pipeline,
+    "stages": building.stages,
     "kills": building.kills,
     "shards": building.shards,
     "keys": building.keys,

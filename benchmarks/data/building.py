@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.data.commands import at_most_files, digests, run, start
-from cognica_poe.data.build import stages_folder
+from cognica_poe.data.build import begin, stages_folder
+from cognica_poe.data.cleaning.rules import Cleaning
+from cognica_poe.data.engine.plan import Options, plan_build
 from cognica_poe.seals import content_sha256
 
 VOCABULARY = 32_768
@@ -47,6 +49,29 @@ def pipeline(text: Path, work: Path) -> dict[str, Any]:
         )
     same = len({json.dumps(figures[f"{workers} workers"]["sha256"]) for workers in (1, 2, 4)}) == 1
     return figures | {"same_bytes": same}
+
+
+def stages(text: Path, work: Path) -> dict[str, Any]:
+    """Processor seconds of every stage in one process, near duplicates looked for as well."""
+    shutil.rmtree(work / "stages", ignore_errors=True)
+    options = Options(cleaning=Cleaning(near_duplicates=True))
+    job = begin(work / "stages", plan_build(str(text), work / "data", options, print))
+    seconds = {}
+    for stage in job.stages:
+        began = time.process_time()
+        for number in range(job.count(stage)):
+            job.run(stage, number)
+        seconds[stage] = time.process_time() - began
+    size = job.made("decide", 0).counts["bytes"] / 1e6
+    rates = {stage: round(size / taken, 1) for stage, taken in seconds.items()}
+    hours = {stage: round(280_000 / (rate * 32 * 0.7) / 3_600, 3) for stage, rate in rates.items()}
+    return {
+        "mb": round(size, 1),
+        "seconds": {stage: round(taken, 2) for stage, taken in seconds.items()},
+        "mb_per_core_second": rates,
+        "hours_of_280_gb_on_32_cores": hours,
+        "hours": round(sum(hours.values()), 2),
+    }
 
 
 def kills(text: Path, work: Path) -> dict[str, Any]:
