@@ -18,16 +18,15 @@ class Metrics:
 
     def __init__(self, scheduler: Scheduler):
         self.registry = CollectorRegistry()
-        own = {"registry": self.registry}
-        self.requests = Counter("poe_requests", "Requests by path and status.", ["path", "status"], **own)
-        self.prompt = Counter("poe_prompt_tokens", "Tokens of prompts.", **own)
-        self.tokens = Counter("poe_new_tokens", "Tokens generated.", **own)
-        self.proposed = Counter("poe_proposed_drafts", "Drafts proposed.", **own)
-        self.accepted = Counter("poe_accepted_drafts", "Drafts accepted.", **own)
-        self.first = Histogram("poe_first_token_seconds", "Time to the first token.", **own)
-        rows = Gauge("poe_rows_in_use", "Rows that decode.", **own)
+        self.requests = Counter("poe_requests", "Requests by path and status.", ["path", "status"], registry=self.registry)
+        self.prompt = Counter("poe_prompt_tokens", "Tokens of prompts.", registry=self.registry)
+        self.tokens = Counter("poe_new_tokens", "Tokens generated.", registry=self.registry)
+        self.proposed = Counter("poe_proposed_drafts", "Drafts proposed.", registry=self.registry)
+        self.accepted = Counter("poe_accepted_drafts", "Drafts accepted.", registry=self.registry)
+        self.first = Histogram("poe_first_token_seconds", "Time to the first token.", registry=self.registry)
+        rows = Gauge("poe_rows_in_use", "Rows that decode.", registry=self.registry)
         rows.set_function(lambda: scheduler.in_use)
-        waiting = Gauge("poe_requests_waiting", "Answers that wait for a row.", **own)
+        waiting = Gauge("poe_requests_waiting", "Answers that wait for a row.", registry=self.registry)
         waiting.set_function(scheduler.waiting.qsize)
 
     def answered(self, path: str, status: int) -> None:

@@ -50,9 +50,8 @@ def load_answering(checkpoint: Path, options: ServerOptions) -> Any:
     model, tokenizer = load(checkpoint, None, None)
     if options.dtype != "auto":
         model.to(getattr(torch, options.dtype))  # type: ignore[arg-type]  # transformers hides its arguments
-    model.to(
-        "cuda" if options.device == "auto" and torch.cuda.is_available() else options.device.replace("auto", "cpu")
-    )
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(found if options.device == "auto" else options.device)  # type: ignore[arg-type]  # as above
     model.eval()
     if options.mode not in ("wand", "speculative"):
         model.prepare_decoding(width=1)  # rows of others fill a product, not lanes of one's own

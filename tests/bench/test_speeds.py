@@ -11,8 +11,8 @@ def test_every_cheaper_mode_is_timed_against_plain_decoding():
     rows = measure_speeds(
         model, ByteTokenizer(), [3.0, 1.5], {"0.99": [0.5, 0.25]}, k_draft=2, new_tokens=4, rounds=1, log=lines.append
     )
-    assert [row["mode"] for row in rows] == ["prefix 1", "prefix 2", "stage 0", "stage 1", "stage 2", "wand", "wand 0.99",
-                                             "speculative stage 2"]  # fmt: skip
+    modes = ["prefix 1", "prefix 2", "stage 0", "stage 1", "stage 2", "wand", "wand 0.99", "speculative stage 2"]
+    assert [row["mode"] for row in rows] == modes
     for row in rows:
         speed = Speed.model_validate(row)
         assert 0 < speed.low <= speed.ratio <= speed.high and (speed.prompts, speed.new_tokens) == (7, 4)

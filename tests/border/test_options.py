@@ -8,7 +8,16 @@ from cognica_poe.cli.main import main
 from cognica_poe.errors import UserError
 from cognica_poe.serving.options import READS, GenerationOptions, ServerOptions
 
-GIVEN = {"stages": 2, "stage": 1, "layer": 3, "stage_list": (0, 1), "safety": 2.0, "guarantee": 0.99, "k_draft": 3, "drafter": "int8"}
+GIVEN = {
+    "stages": 2,
+    "stage": 1,
+    "layer": 3,
+    "stage_list": (0, 1),
+    "safety": 2.0,
+    "guarantee": 0.99,
+    "k_draft": 3,
+    "drafter": "int8",
+}
 
 
 def test_options_that_a_mode_does_not_read_are_refused():

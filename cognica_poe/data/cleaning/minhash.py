@@ -50,5 +50,5 @@ def _keys(text: str) -> np.ndarray:
         permuted += summands
         np.minimum(least, permuted.min(axis=1), out=least)
     keys = (least.reshape(BANDS, ROWS).astype(np.uint64) * rows).sum(axis=1, dtype=np.uint64)
-    mixed: np.ndarray = keys ^ (keys >> np.uint64(31))
-    return mixed
+    folded: np.ndarray = keys ^ (keys >> np.uint64(31))
+    return folded
