@@ -17,16 +17,16 @@ class Metrics:
     """What is counted; every server has numbers of its own."""
 
     def __init__(self, scheduler: Scheduler):
-        self.registry = CollectorRegistry()
-        self.requests = Counter("poe_requests", "Requests by path and status.", ["path", "status"], registry=self.registry)
-        self.prompt = Counter("poe_prompt_tokens", "Tokens of prompts.", registry=self.registry)
-        self.tokens = Counter("poe_new_tokens", "Tokens generated.", registry=self.registry)
-        self.proposed = Counter("poe_proposed_drafts", "Drafts proposed.", registry=self.registry)
-        self.accepted = Counter("poe_accepted_drafts", "Drafts accepted.", registry=self.registry)
-        self.first = Histogram("poe_first_token_seconds", "Time to the first token.", registry=self.registry)
-        rows = Gauge("poe_rows_in_use", "Rows that decode.", registry=self.registry)
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter("poe_requests", "Requests by path and status.", ["path", "status"], registry=registry)
+        self.prompt = Counter("poe_prompt_tokens", "Tokens of prompts.", registry=registry)
+        self.tokens = Counter("poe_new_tokens", "Tokens generated.", registry=registry)
+        self.proposed = Counter("poe_proposed_drafts", "Drafts proposed.", registry=registry)
+        self.accepted = Counter("poe_accepted_drafts", "Drafts accepted.", registry=registry)
+        self.first = Histogram("poe_first_token_seconds", "Time to the first token.", registry=registry)
+        rows = Gauge("poe_rows_in_use", "Rows that decode.", registry=registry)
         rows.set_function(lambda: scheduler.in_use)
-        waiting = Gauge("poe_requests_waiting", "Answers that wait for a row.", registry=self.registry)
+        waiting = Gauge("poe_requests_waiting", "Answers that wait for a row.", registry=registry)
         waiting.set_function(scheduler.waiting.qsize)
 
     def answered(self, path: str, status: int) -> None:
