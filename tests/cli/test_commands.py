@@ -11,9 +11,10 @@ import sys
 import pytest
 
 from cognica_poe import pipeline
-from cognica_poe.cli.data import build_data, train_tokenizer
+from cognica_poe.cli.data import build_data
 from cognica_poe.cli.main import parse
 from cognica_poe.cli.release import export, publish, report
+from cognica_poe.cli.tokenizer import train_tokenizer
 from cognica_poe.data.build import build
 from cognica_poe.data.manifest import load_manifest
 from cognica_poe.errors import UserError
