@@ -249,7 +249,12 @@ FATES = {
 }
 
 
-@pytest.mark.parametrize("fate", FATES)
+QUICK = ("one step", "rolled back at the end")
+
+
+@pytest.mark.parametrize(
+    "fate", [fate if fate in QUICK else pytest.param(fate, marks=pytest.mark.slow) for fate in FATES]
+)
 def test_a_run_is_finished_and_published_whatever_was_left_out(fate, texts, data, tmp_path, bad_steps):
     steps, released = FATES[fate]
     bad_steps |= steps

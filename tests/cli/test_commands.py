@@ -184,7 +184,7 @@ def test_out_is_looked_at_before_any_work(run, tmp_path, monkeypatch):
     (tmp_path / "thesis.txt").write_text("years of work")
     work = {
         "cognica_poe.pipeline.checkpoint_model": lambda: export(run, 6, tmp_path),
-        "cognica_poe.data.build.local_files": lambda: build_data(str(run.parent / "texts"), tmp_path),
+        "cognica_poe.data.engine.plan.local_files": lambda: build_data(str(run.parent / "texts"), tmp_path),
         "cognica_poe.data.manifest.load_manifest": lambda: train_tokenizer(run / "data", tmp_path, 400),
     }
     for name, call in work.items():

@@ -182,6 +182,6 @@ def test_a_number_out_of_its_range_is_refused_before_the_command(words, says):
 
 def test_parsing_calls_nothing(tmp_path):
     call = parse(["export", str(tmp_path), "--step", "3"])
-    assert call.keywords == {"run": tmp_path, "step": 3, "out": None}
+    assert call.keywords == {"run": tmp_path, "step": 3, "out": None, "control": None, "shallow": None}
     with pytest.raises(UserError, match="not a run folder"):
         call()
