@@ -76,7 +76,9 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=["fp32", "bf16"]
+)
 def test_text_is_that_of_a_fresh_model_with_the_weights_of_now(dtype):
     tried, equal = 0, 0
     for mode, call in CALLS.items():

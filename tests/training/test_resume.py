@@ -219,6 +219,7 @@ def test_accumulation_does_not_change_the_gradient(fresh):
             torch.testing.assert_close(other[name], value, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_residual_pools_train_and_resume(fresh):
     """What is journalled last is the loss of the whole pool, and it falls; a run that stops midway loses nothing."""
     _, whole = fresh("whole", poe_mode="residual_logop")
